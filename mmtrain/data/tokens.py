@@ -1,0 +1,27 @@
+"""How a document becomes one row of tokens: special ids and the size of an image group."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceFormat:
+    """Special token ids and image groups of a family.
+
+    An image (or video frame) is `image_begin`, `visual_tokens` x `image_slot`, `image_end`.
+    """
+
+    bos: int
+    eos: int
+    pad: int
+    image_begin: int
+    image_end: int
+    image_slot: int
+    visual_tokens: int  # rows an image takes between its begin and end tokens
+    image_size: int  # pixels a side; images are squashed to a square
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def group_length(self) -> int:
+        """Positions one image takes in a sequence."""
+        return self.visual_tokens + 2

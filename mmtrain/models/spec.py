@@ -1,0 +1,61 @@
+"""What a family declares: layers, tensor plan, initial weights, costs, losses.
+
+A family is a row of `families.FAMILIES`; engine, loop, loader and checkpoints know only this.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mmtrain.data.tokens import SequenceFormat
+from mmtrain.errors import Problem
+from mmtrain.layout.plan import TensorPlan
+from mmtrain.nn.init import InitialRules
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One named layer: `build()` allocates it (call it under `torch.device("meta")`)."""
+
+    name: str
+    build: Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The fixed sizes of one micro-batch: packed tokens and image slots."""
+
+    tokens: int
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A family.
+
+    Attributes:
+        name: family name, as in a recipe.
+        config_type: frozen dataclass of the `model:` section.
+        problems: (config, tensor ranks) -> faults of the section, places start with `model.`.
+        layers: config -> the whole model; its forward is the fold of this list. The last layer
+            returns `{loss name: values}`, unreduced losses aligned with `Targets.weights`.
+        plan: how tensor ranks share the layers.
+        initial: config -> how each parameter is drawn.
+        flops: (config, shape) -> forward floating-point operations of each layer.
+        losses: names of the losses, e.g. `("text", "image")`.
+        fields: names of the integer fields of the input flow, in order.
+        sequence: config -> how documents become token rows.
+    """
+
+    name: str
+    config_type: type
+    problems: Callable[[Any, int], Iterable[Problem]]
+    layers: Callable[[Any], list[Layer]]
+    plan: TensorPlan
+    initial: Callable[[Any], InitialRules]
+    flops: Callable[[Any, BatchShape], list[float]]
+    losses: tuple[str, ...]
+    fields: tuple[str, ...]
+    sequence: Callable[[Any, Mapping[str, int]], SequenceFormat]
