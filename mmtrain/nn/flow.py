@@ -7,12 +7,14 @@ appended where a family has them (Emu's detached regression targets).
 R rows   D width   P carried rows
 """
 
-from dataclasses import dataclass, replace
-from typing import Self
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+Derived = TypeVar("Derived")
 CARRY = "carry"  # integer field of length P: which row each carried row was copied from
 
 
@@ -25,15 +27,33 @@ class Flow:
             tower, `[R, D]` in the trunk (rows are split under sequence parallelism).
         fields: integer tensors of fixed shape in fixed order.
         carried: float `[P, D]` rows that no layer changes, or None.
+        derived: what layers computed from `fields` (rotary tables, attention plans), shared by
+            all layers of a stage. It never crosses a stage boundary: the next stage derives anew.
     """
 
     hidden: Tensor
     fields: dict[str, Tensor]
     carried: Tensor | None = None
+    derived: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def with_hidden(self, hidden: Tensor) -> Self:
         """The same flow with new hidden states."""
         return replace(self, hidden=hidden)
+
+    def to(self, device: torch.device) -> Self:
+        """The same flow with every tensor on `device`."""
+        return replace(
+            self,
+            hidden=self.hidden.to(device),
+            fields={name: field.to(device) for name, field in self.fields.items()},
+            carried=None if self.carried is None else self.carried.to(device),
+        )
+
+    def derive(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
+        """Return `make()`, computed at most once for this micro-batch on this stage."""
+        if key not in self.derived:
+            self.derived[key] = make()
+        return cast(Derived, self.derived[key])
 
     def pack(self) -> tuple[Tensor, ...]:
         """The tuple that crosses a stage boundary: one float first, integers after."""

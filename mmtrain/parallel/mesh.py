@@ -1,0 +1,187 @@
+"""Ranks and their groups: tensor fastest, then data, then pipeline.
+
+The only file that touches Megatron-core's `parallel_state`. Its rank order `tp-cp-ep-dp-pp`
+equals DeepSpeed's `(pipe, data, model)`, so both libraries agree on every group (design law).
+Ranks come from the environment: torchrun and the deepspeed launcher set RANK, LOCAL_RANK and
+WORLD_SIZE; under `srun` the SLURM_* variables stand in for them.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from mmtrain.layout.dims import ParallelDims
+
+_FROM_SLURM = {
+    "RANK": "SLURM_PROCID",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "WORLD_SIZE": "SLURM_NTASKS",
+}
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in the layout, its device and its groups.
+
+    Attributes:
+        pipeline: stage of this rank.
+        data: data rank: which share of the global batch it reads.
+        tensor: tensor rank: which slice of each layer it holds.
+        tensor_group: ranks that share layers.
+        data_group: ranks with the same slices of the same stage.
+        device: where weights live.
+    """
+
+    dims: ParallelDims
+    rank: int
+    pipeline: int
+    data: int
+    tensor: int
+    tensor_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank reads pixels."""
+        return self.pipeline == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the losses."""
+        return self.pipeline == self.dims.pipeline - 1
+
+    def sum_over_world(self, values: Tensor) -> Tensor:
+        """Sum a host tensor over all ranks; returned on the host."""
+        moved = values.to(self.device)
+        dist.all_reduce(moved)
+        return moved.cpu()
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """Sum a host tensor over the data ranks; returned on the host."""
+        moved = values.to(self.device)
+        dist.all_reduce(moved, group=self.data_group)
+        return moved.cpu()
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sum_over_world(torch.zeros(1))
+
+
+class ModelParallelUnit:
+    """What DeepSpeed asks of an `mpu`; `parallel_state` itself lacks two of the nine getters."""
+
+    @staticmethod
+    def get_model_parallel_group() -> dist.ProcessGroup:
+        """Ranks that hold one copy of the model together."""
+        return parallel_state.get_model_parallel_group()
+
+    @staticmethod
+    def get_model_parallel_world_size() -> int:
+        """Size of the model-parallel group."""
+        return dist.get_world_size(parallel_state.get_model_parallel_group())
+
+    @staticmethod
+    def get_model_parallel_rank() -> int:
+        """Rank in the model-parallel group."""
+        return dist.get_rank(parallel_state.get_model_parallel_group())
+
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_world_size = staticmethod(
+        parallel_state.get_tensor_model_parallel_world_size
+    )
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+
+    @staticmethod
+    def get_data_parallel_group() -> dist.ProcessGroup:
+        """Ranks that hold the same slices."""
+        return parallel_state.get_data_parallel_group()
+
+    @staticmethod
+    def get_data_parallel_world_size() -> int:
+        """Number of data ranks."""
+        return int(parallel_state.get_data_parallel_world_size())
+
+    @staticmethod
+    def get_data_parallel_rank() -> int:
+        """This rank's data rank."""
+        return int(parallel_state.get_data_parallel_rank())
+
+
+def world_size_from_environment() -> int:
+    """Number of ranks that this process was started with; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def rank_from_environment() -> int:
+    """Rank of this process; 0 without a launcher."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def _complete_environment() -> None:
+    """Fill in the variables torch and DeepSpeed read, from Slurm or for a single process."""
+    for name, slurm in _FROM_SLURM.items():
+        default = "1" if name == "WORLD_SIZE" else "0"
+        os.environ.setdefault(name, os.environ.get(slurm, default))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:  # a free port; only a lone process gets here
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@contextmanager
+def open_mesh(dims: ParallelDims, timeout_seconds: float) -> Iterator[Mesh]:
+    """Start the process group and both libraries' groups; destroy them on the way out.
+
+    Args:
+        dims: the layout; must fit the world size.
+        timeout_seconds: after which a collective that waits for a peer fails.
+    """
+    _complete_environment()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)
+    )
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=dims.tensor,
+            pipeline_model_parallel_size=dims.pipeline,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+        )
+        rank = dist.get_rank()
+        pipeline, data, tensor = dims.coord(rank)
+        seen: tuple[Any, ...] = (
+            parallel_state.get_pipeline_model_parallel_rank(),
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_rank(),
+        )
+        assert seen == (pipeline, data, tensor), (seen, pipeline, data, tensor)
+        yield Mesh(
+            dims=dims,
+            rank=rank,
+            pipeline=pipeline,
+            data=data,
+            tensor=tensor,
+            tensor_group=parallel_state.get_tensor_model_parallel_group(),
+            data_group=parallel_state.get_data_parallel_group(),
+            device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

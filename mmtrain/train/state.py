@@ -1,0 +1,62 @@
+"""What a run knows besides its weights: where it is, and what a step gave."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class TrainState:
+    """Progress of a run; the data cursor is the step, since a batch is a pure function of it."""
+
+    step: int = 0  # optimizer steps done
+    tokens_seen: int = 0
+    images_seen: int = 0
+
+    def advance(self, report: "StepReport") -> None:
+        """Count one finished step."""
+        self.step += 1
+        self.tokens_seen += report.tokens
+        self.images_seen += report.images
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSums:
+    """Sums over the global batch of one loss from one source."""
+
+    total: float
+    count: float
+
+    @property
+    def mean(self) -> float:
+        """Mean loss; NaN when nothing was counted."""
+        return self.total / self.count if self.count else float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One optimizer step over all ranks.
+
+    Attributes:
+        loss: weighted sum of the parts.
+        parts: mean of each loss over the global batch; 0 where nothing was counted.
+        by_source: (loss name, source index) -> sums.
+        grad_norm: global 2-norm before clipping.
+        module_norms: gradient norm per layer, when asked for.
+        tokens: real tokens of the global batch.
+        images: real images of the global batch.
+        documents: documents of the global batch.
+        slots: positions of the global batch, padding included.
+        seconds: wall time of the step.
+        data_seconds: of which waiting for data.
+    """
+
+    loss: float
+    parts: dict[str, float]
+    by_source: dict[tuple[str, int], LossSums]
+    grad_norm: float
+    tokens: int
+    images: int
+    documents: int
+    slots: int
+    seconds: float
+    data_seconds: float
+    module_norms: dict[str, float] = field(default_factory=dict)
