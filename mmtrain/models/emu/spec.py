@@ -1,0 +1,260 @@
+"""What Emu declares to the platform: plan, initial weights, costs, faults, sequence format.
+
+Sources: arXiv:2307.05222 and the released modules (baaivision/Emu, Emu1/models).
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+from mmtrain.data.tokens import SequenceFormat
+from mmtrain.errors import Problem
+from mmtrain.layout.plan import Cut, TensorPlan
+from mmtrain.models.emu.config import CausalConfig, EmuConfig, LanguageConfig, VisionConfig
+from mmtrain.models.emu.model import layers
+from mmtrain.models.spec import BatchShape, ModelSpec
+from mmtrain.nn.init import InitialRules, constant, normal, truncated_normal, uniform
+
+SPECIAL_TOKENS = ("<s>", "</s>", "[PAD]", "[IMG]", "[/IMG]", "<image>")
+FIELDS = ("tokens", "positions", "lo", "hi", "labels", "slots", "carry", "source")
+
+PLAN = TensorPlan(
+    {
+        "vision.blocks.*.{attention,mlp}.enter": Cut.ENTER,
+        "vision.blocks.*.attention.{q,k,v}": Cut.COLUMN,
+        "vision.blocks.*.attention.out": Cut.ROW,
+        "vision.blocks.*.mlp.up": Cut.COLUMN,
+        "vision.blocks.*.mlp.down": Cut.ROW,
+        "causal.blocks.*.{self_attention,cross_attention,mlp}.enter": Cut.ENTER,
+        "causal.blocks.*.cross_attention.enter_memory": Cut.ENTER,
+        "causal.blocks.*.{self_attention,cross_attention}.{q,k,v}": Cut.COLUMN,
+        "causal.blocks.*.{self_attention,cross_attention}.out": Cut.ROW,
+        "causal.blocks.*.mlp.up": Cut.COLUMN,
+        "causal.blocks.*.mlp.down": Cut.ROW,
+        "causal.relative_bias": Cut.HEADS_1,
+        "embed.tokens": Cut.VOCAB,
+        "embed.scatter": Cut.SCATTER_ROWS,
+        "blocks.*.{norm1,norm2}.weight": Cut.ROWWISE,
+        "blocks.*.{attention,mlp}.enter": Cut.ENTER_ROWS,
+        "blocks.*.attention.{q,k,v}": Cut.COLUMN,
+        "blocks.*.attention.{q_norm,k_norm}.{weight,bias}": Cut.SHARED,
+        "blocks.*.attention.similarity.log_scale": Cut.HEADS_0,
+        "blocks.*.attention.out": Cut.ROW_SCATTERED,
+        "blocks.*.mlp.{gate,up}": Cut.COLUMN,
+        "blocks.*.mlp.down": Cut.ROW_SCATTERED,
+        "head.norm.weight": Cut.ROWWISE,
+        "head.enter": Cut.ENTER_ROWS,
+        "head.unembed": Cut.VOCAB_COLUMN,
+        "head.cross_entropy": Cut.VOCAB_LOSS,
+        "head.regress": Cut.COLUMN_GATHERED,
+    }
+)
+
+
+def initial(config: EmuConfig) -> InitialRules:
+    """How the reference draws each parameter when nothing is loaded."""
+    return [*_vision_rules(config.vision), *_causal_rules(config), *_trunk_rules(config.language)]
+
+
+def _vision_rules(config: VisionConfig) -> InitialRules:
+    """EVA: truncated normal 0.02, residual outputs of layer i divided by sqrt(2 (i + 1))."""
+    draw = truncated_normal(0.02)
+    outputs = [
+        (
+            f"vision.blocks.{i}.{{attention.out,mlp.down}}.weight",
+            truncated_normal(0.02 / math.sqrt(2 * (i + 1))),
+        )
+        for i in range(config.layers)
+    ]
+    return [
+        # the convolution keeps torch's default: U(+- 1 / sqrt(inputs))
+        ("vision.stem.patch.{weight,bias}", uniform((3 * config.patch_size**2) ** -0.5)),
+        ("vision.stem.{cls,position}", draw),
+        *outputs,
+        ("vision.blocks.*.{attention,mlp}.{q,k,v,up}.weight", draw),
+        ("vision.blocks.*.{attention,mlp}.{q,v,out,up,down}.bias", constant(0.0)),
+        ("vision.blocks.*.{norm1,norm2}.weight", constant(1.0)),
+        ("vision.blocks.*.{norm1,norm2}.bias", constant(0.0)),
+        ("vision_norm.weight", constant(1.0)),
+        ("vision_norm.bias", constant(0.0)),
+    ]
+
+
+def _causal_rules(config: EmuConfig) -> InitialRules:
+    """T5 with factor 1; the queries of q make up for the unscaled logits."""
+    causal = config.causal
+    width, narrow = causal.width**-0.5, (causal.width * causal.head_width) ** -0.5
+    attention = "causal.blocks.*.{self_attention,cross_attention}"
+    return [
+        ("causal.queries", normal(0.02)),
+        ("causal.relative_bias", normal(width)),
+        (f"{attention}.q.weight", normal(narrow)),
+        (f"{attention}.{{k,v}}.weight", normal(width)),
+        (f"{attention}.out.weight", normal((causal.heads * causal.head_width) ** -0.5)),
+        ("causal.blocks.*.mlp.up.weight", normal(width)),
+        ("causal.blocks.*.mlp.down.weight", normal(causal.mlp_width**-0.5)),
+        ("causal.blocks.*.{norm1,norm2,norm3}.weight", constant(1.0)),
+        ("causal.norm.weight", constant(1.0)),
+        ("causal.projection.{weight,bias}", uniform(width)),
+    ]
+
+
+def _trunk_rules(config: LanguageConfig) -> InitialRules:
+    """LLaMA: normal 0.02; the regression head keeps torch's default."""
+    draw = normal(0.02)
+    return [
+        ("embed.tokens.weight", draw),
+        ("blocks.*.{norm1,norm2}.weight", constant(1.0)),
+        ("blocks.*.attention.{q,k,v,out}.weight", draw),
+        ("blocks.*.attention.{q_norm,k_norm}.weight", constant(1.0)),
+        ("blocks.*.attention.{q_norm,k_norm}.bias", constant(0.0)),
+        ("blocks.*.attention.similarity.log_scale", constant(math.log(10.0))),
+        ("blocks.*.mlp.{gate,up,down}.weight", draw),
+        ("head.norm.weight", constant(1.0)),
+        ("head.unembed.weight", draw),
+        ("head.regress.weight", uniform(config.width**-0.5)),
+    ]
+
+
+def flops(config: EmuConfig, shape: BatchShape) -> list[float]:
+    """Forward matrix-product operations (a multiply-add is 2) of each layer, in order.
+
+    Attention counts 4 x width x visible pairs. A trunk row is taken to see the documents of a pack
+    as long as the context allows: an upper bound, since shorter documents see less.
+    """
+    vision, causal, language = config.vision, config.causal, config.language
+    stem = 2.0 * shape.images * (vision.tokens - 1) * 3 * vision.patch_size**2 * vision.width
+    return [
+        stem,
+        *[_vision_block_flops(vision, shape.images)] * vision.layers,
+        0.0,
+        _causal_flops(causal, vision, language.width, shape.images),
+        0.0,
+        *[_block_flops(language, shape.tokens)] * language.layers,
+        2.0 * shape.tokens * language.width * language.vocabulary
+        + 2.0 * shape.images * (causal.queries + 1) * language.width**2,
+    ]
+
+
+def _vision_block_flops(config: VisionConfig, images: int) -> float:
+    tokens, width = config.tokens, config.width
+    weights = 4 * width**2 + 2 * width * config.mlp_width
+    return images * (2.0 * tokens * weights + 4.0 * tokens**2 * width)
+
+
+def _causal_flops(
+    config: CausalConfig, vision: VisionConfig, output_width: int, images: int
+) -> float:
+    queries, width, inner = config.queries, config.width, config.heads * config.head_width
+    on_queries = 6 * width * inner + 2 * width * config.mlp_width  # 4 of self, 2 of cross-attention
+    on_memory = 2 * vision.width * inner
+    # self-attention is computed in full and then masked
+    pairs = queries**2 + queries * vision.tokens
+    block = 2.0 * (queries * on_queries + vision.tokens * on_memory) + 4.0 * pairs * inner
+    return images * (config.layers * block + 2.0 * queries * width * output_width)
+
+
+def _block_flops(config: LanguageConfig, tokens: int) -> float:
+    width = config.width
+    documents, rest = divmod(tokens, config.context)
+    pairs = documents * config.context * (config.context + 1) // 2 + rest * (rest + 1) // 2
+    weights = 4 * width**2 + 3 * width * config.mlp_width
+    return 2.0 * tokens * weights + 4.0 * pairs * width
+
+
+def problems(config: EmuConfig, tensor: int) -> Iterator[Problem]:
+    """Faults of the `model:` section under `tensor` tensor ranks."""
+    vision, causal, language = config.vision, config.causal, config.language
+    yield from _positive("model.vision", vision)
+    yield from _positive("model.causal", causal)
+    yield from _positive("model.language", language)
+    yield from _divides(
+        "model.vision.image_size", vision.image_size, "patch_size", vision.patch_size
+    )
+    yield from _divides("model.vision.width", vision.width, "heads", vision.heads)
+    yield from _divides("model.language.width", language.width, "heads", language.heads)
+    if language.heads > 0 and (language.width // language.heads) % 2:
+        width = language.width // language.heads
+        yield Problem(
+            "model.language.heads",
+            f"head width {width} is odd; rotary positions pair channels, choose width / heads even",
+        )
+    if causal.relative_buckets % 2 or causal.relative_distance <= causal.relative_buckets // 2:
+        yield Problem(
+            "model.causal.relative_buckets",
+            f"found {causal.relative_buckets} with relative_distance {causal.relative_distance}; "
+            "it must be even, and half of it below relative_distance",
+        )
+    if language.vocabulary < len(SPECIAL_TOKENS) + 1:
+        yield Problem(
+            "model.language.vocabulary",
+            f"found {language.vocabulary}; it must hold the special tokens "
+            f"{', '.join(SPECIAL_TOKENS)} and at least one word",
+        )
+    if language.context < causal.queries + 4:
+        yield Problem(
+            "model.language.context",
+            f"found {language.context}; one image with <s> and </s> takes causal.queries + 4 = "
+            f"{causal.queries + 4} positions",
+        )
+    for place, value in _split_lengths(config):
+        yield from _divides(place, value, "parallel.tensor", tensor)
+
+
+def _split_lengths(config: EmuConfig) -> list[tuple[str, int]]:
+    """Lengths that tensor ranks share in equal parts; the vocabulary is padded instead."""
+    return [
+        ("model.vision.heads", config.vision.heads),
+        ("model.vision.mlp_width", config.vision.mlp_width),
+        ("model.causal.heads", config.causal.heads),
+        ("model.causal.mlp_width", config.causal.mlp_width),
+        ("model.language.heads", config.language.heads),
+        ("model.language.mlp_width", config.language.mlp_width),
+        ("model.language.width", config.language.width),
+    ]
+
+
+def _positive(place: str, section: object) -> Iterable[Problem]:
+    for key, value in vars(section).items():
+        if isinstance(value, int | float) and value <= 0:
+            yield Problem(f"{place}.{key}", f"found {value}; it must be positive")
+
+
+def _divides(place: str, value: int, divisor_name: str, divisor: int) -> Iterable[Problem]:
+    if value > 0 and divisor > 0 and value % divisor:
+        allowed = ", ".join(str(d) for d in range(1, value + 1) if value % d == 0)
+        yield Problem(
+            place, f"{divisor_name} = {divisor} does not divide {value}; it may be {allowed}"
+        )
+
+
+def sequence(config: EmuConfig, ids: Mapping[str, int]) -> SequenceFormat:
+    """How documents become token rows.
+
+    Args:
+        config: the model.
+        ids: id of each of `SPECIAL_TOKENS`.
+    """
+    return SequenceFormat(
+        bos=ids["<s>"],
+        eos=ids["</s>"],
+        pad=ids["[PAD]"],
+        image_begin=ids["[IMG]"],
+        image_end=ids["[/IMG]"],
+        image_slot=ids["<image>"],
+        visual_tokens=config.causal.queries,
+        image_size=config.vision.image_size,
+    )
+
+
+EMU = ModelSpec(
+    name="emu",
+    config_type=EmuConfig,
+    problems=problems,
+    layers=layers,
+    plan=PLAN,
+    initial=initial,
+    flops=flops,
+    losses=("text", "image"),
+    fields=FIELDS,
+    sequence=sequence,
+)

@@ -1,0 +1,88 @@
+"""Self-attention of a trunk block over packed rows.
+
+No head count is stored: under tensor parallelism the projections are narrower, and the number of
+heads is read off their output. What varies between models is passed in as parts: norms of queries
+and keys, and the similarity (scaled dot product, or cosine with a learned scale).
+
+T tokens   D width   H heads   K head width
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmtrain.nn.masks import Keys
+from mmtrain.ops.rotary import rotate
+
+LOG_SCALE_MAX = math.log(100.0)  # Swin v2 (Liu et al. 2021, arXiv:2111.09883, section 3.3)
+COSINE_EPS = 1e-6  # length below which a row counts as zero; 1e-12 blows up gradients of zero rows
+
+
+class DotProduct(nn.Module):
+    """Logits `q . k / sqrt(K)`."""
+
+    def forward(self, q_THK: Tensor, k_THK: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Queries, keys and the factor on their products."""
+        return q_THK, k_THK, q_THK.shape[-1] ** -0.5
+
+
+class Cosine(nn.Module):
+    """Logits `s_h cos(q, k)`, `s_h = exp(min(log_scale_h, log 100))` learned for each head."""
+
+    def __init__(self, heads: int) -> None:
+        """Allocate `log_scale [H]` at log 10, the start of Swin v2."""
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.full((heads,), math.log(10.0)))
+
+    def forward(self, q_THK: Tensor, k_THK: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Queries and keys of unit length, the scale folded into the queries, and 1."""
+        scale_H1 = self.log_scale.float().clamp(max=LOG_SCALE_MAX).exp()[:, None]
+        q = functional.normalize(q_THK.float(), dim=-1, eps=COSINE_EPS) * scale_H1
+        k = functional.normalize(k_THK.float(), dim=-1, eps=COSINE_EPS)
+        return q.to(q_THK.dtype), k.to(k_THK.dtype), 1.0
+
+
+class PackedAttention(nn.Module):
+    """Multi-head self-attention with rotary positions; every row sees one interval of keys."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        q_norm: nn.Module,
+        k_norm: nn.Module,
+        similarity: nn.Module,
+    ) -> None:
+        """Allocate the four projections (no biases); `heads` divides `width`."""
+        super().__init__()
+        self.head_width = width // heads
+        self.enter = nn.Identity()
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(width, width, bias=False)
+        self.v = nn.Linear(width, width, bias=False)
+        self.q_norm = q_norm
+        self.k_norm = k_norm
+        self.similarity = similarity
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], keys: Keys) -> Tensor:
+        """Attend.
+
+        Args:
+            x_TD: normalised rows; under sequence parallelism this rank's rows, all T after `enter`.
+            rotary: cosines and sines `[T, 1, K / 2]`.
+            keys: what the rows see.
+        """
+        x_TD = self.enter(x_TD)
+        q, k, v = (
+            project(x_TD).unflatten(-1, (-1, self.head_width))
+            for project in (self.q, self.k, self.v)
+        )
+        q = rotate(self.q_norm(q), *rotary)
+        k = rotate(self.k_norm(k), *rotary)
+        q, k, scale = self.similarity(q, k)
+        out: Tensor = self.out(keys.attend(self, q, k, v, scale).flatten(-2))
+        return out

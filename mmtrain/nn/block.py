@@ -1,0 +1,51 @@
+"""A pre-norm transformer block over packed rows, as a layer `Flow -> Flow`.
+
+R rows (T tokens, or this rank's share under sequence parallelism)   D width
+"""
+
+from torch import nn
+
+from mmtrain.nn.attention import PackedAttention
+from mmtrain.nn.flow import Flow
+from mmtrain.nn.masks import Intervals, Keys
+from mmtrain.ops.rotary import rotary_tables
+
+KEYS = "keys"  # name in `Flow.derived`; a sampler puts its cache there
+
+
+def keys_of(flow: Flow) -> Keys:
+    """What the rows of `flow` see: its fields `lo` and `hi`, unless a sampler said otherwise."""
+    keys: Keys = flow.derive(KEYS, lambda: Intervals(flow.fields["lo"], flow.fields["hi"]))
+    return keys
+
+
+class TransformerBlock(nn.Module):
+    """`x + attention(norm1(x))`, then `x + mlp(norm2(x))`."""
+
+    def __init__(
+        self,
+        *,
+        norm1: nn.Module,
+        attention: PackedAttention,
+        norm2: nn.Module,
+        mlp: nn.Module,
+        rope_theta: float,
+    ) -> None:
+        """Take the parts; `rope_theta` is the base of the rotary wave lengths."""
+        super().__init__()
+        self.norm1 = norm1
+        self.attention = attention
+        self.norm2 = norm2
+        self.mlp = mlp
+        self.rope_theta = rope_theta
+
+    def forward(self, flow: Flow) -> Flow:
+        """Change `hidden [R, D]`; rotary tables and the attention plan are shared by all blocks."""
+        width, theta = self.attention.head_width, self.rope_theta
+        rotary = flow.derive(
+            ("rotary", width, theta), lambda: rotary_tables(flow.fields["positions"], width, theta)
+        )
+        x = flow.hidden
+        x = x + self.attention(self.norm1(x), rotary, keys_of(flow))
+        x = x + self.mlp(self.norm2(x))
+        return flow.with_hidden(x)

@@ -1,0 +1,94 @@
+"""A mask is two integers per row: query t sees keys `[lo[t], hi[t])`.
+
+`Intervals` is also the way attention layers reach their keys: they call `attend`, and do not know
+whether keys come from the same packed row (here) or from a cache (`nn.cache`).
+
+T query rows   S keys   H heads   K head width
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from mmtrain.ops.attention import IntervalPlan, interval_attention, plan_intervals
+
+
+class Keys(Protocol):
+    """What a self-attention layer attends to."""
+
+    def attend(
+        self, layer: nn.Module, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, scale: float
+    ) -> Tensor:
+        """Attention output `[T, H, K]`; `layer` tells whose keys these are."""
+        ...
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Keys that each row of a packed micro-batch sees; `0 <= lo < hi <= T`.
+
+    Attributes:
+        lo_T: first key of each row.
+        hi_T: one past the last key of each row.
+    """
+
+    lo_T: Tensor
+    hi_T: Tensor
+
+    @cached_property
+    def plan(self) -> IntervalPlan:
+        """How attention walks the intervals; read to the host once, shared by all layers."""
+        return plan_intervals(self.lo_T, self.hi_T, self.lo_T.shape[0])
+
+    def attend(
+        self, layer: nn.Module, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, scale: float
+    ) -> Tensor:
+        """Attention inside the packed row."""
+        return interval_attention(q_THK, k_THK, v_THK, self.plan, scale)
+
+    @classmethod
+    def causal_packed(cls, segments_T: Tensor) -> Self:
+        """Each row sees its own document up to itself.
+
+        Args:
+            segments_T: document of each row; equal numbers stand together.
+        """
+        rows = torch.arange(segments_T.shape[0], device=segments_T.device)
+        return cls(_starts(segments_T), rows + 1)
+
+    @classmethod
+    def image_bidirectional(cls, segments_T: Tensor, spans_T: Tensor) -> Self:
+        """Causal inside documents, but rows of one image see the whole image.
+
+        Args:
+            segments_T: document of each row; equal numbers stand together.
+            spans_T: number of the image a row belongs to, -1 outside images; rows of one image
+                stand together, inside one document.
+        """
+        rows = torch.arange(segments_T.shape[0], device=segments_T.device)
+        ends = len(rows) - _starts(spans_T.flip(0)).flip(0)
+        return cls(_starts(segments_T), torch.where(spans_T >= 0, ends, rows + 1))
+
+    @classmethod
+    def prefix(cls, segments_T: Tensor, in_prefix_T: Tensor) -> Self:
+        """Rows of a document's prefix see the whole prefix, later rows see all before them.
+
+        Args:
+            segments_T: document of each row; equal numbers stand together.
+            in_prefix_T: boolean, true for the rows of each document's prefix, which come first.
+        """
+        rows = torch.arange(segments_T.shape[0], device=segments_T.device)
+        lo_T = _starts(segments_T)
+        lengths = torch.zeros_like(lo_T).index_add_(0, lo_T, in_prefix_T.to(lo_T.dtype))
+        return cls(lo_T, torch.maximum(lo_T + lengths[lo_T], rows + 1))
+
+
+def _starts(numbers_T: Tensor) -> Tensor:
+    """First row of each run of equal numbers, for every row of the run."""
+    rows = torch.arange(numbers_T.shape[0], device=numbers_T.device)
+    opens = torch.ones_like(numbers_T, dtype=torch.bool)
+    opens[1:] = numbers_T[1:] != numbers_T[:-1]
+    return torch.cummax(torch.where(opens, rows, 0), 0).values

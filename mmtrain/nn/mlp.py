@@ -1,0 +1,43 @@
+"""Two-layer and gated perceptrons; `enter` marks where tensor ranks start to share the work."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Mlp(nn.Module):
+    """`down(activation(up(x)))` (EVA-CLIP: erf GELU with biases; T5: ReLU without)."""
+
+    def __init__(
+        self, up: nn.Linear, down: nn.Linear, activation: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Take the two projections and what stands between them."""
+        super().__init__()
+        self.enter = nn.Identity()
+        self.up = up
+        self.down = down
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` to `[..., D]`."""
+        hidden: Tensor = self.down(self.activation(self.up(self.enter(x))))
+        return hidden
+
+
+class GatedMlp(nn.Module):
+    """`down(silu(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202), no biases."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        """Allocate the three projections between `width` and `inner`."""
+        super().__init__()
+        self.enter = nn.Identity()
+        self.gate = nn.Linear(width, inner, bias=False)
+        self.up = nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` to `[..., D]`."""
+        x = self.enter(x)
+        hidden: Tensor = self.down(functional.silu(self.gate(x)) * self.up(x))
+        return hidden

@@ -1,0 +1,194 @@
+"""Attention in which every query row sees one interval of keys.
+
+Causal, packed documents, prefix, image-bidirectional and padding masks are all of this form:
+query t sees keys `[lo[t], hi[t])`. No T x T mask is ever made. `plan_intervals` reads the two
+vectors to the host once per micro-batch; every layer then reuses the plan.
+
+Reference (CPU): rows are cut into groups that see only their own keys (documents, or several short
+ones together), a long causal document runs as one causal call without a mask, everything else in tiles
+of `TILE_ROWS` query rows over the keys they reach, with a small boolean mask.
+CUDA: FlexAttention with a mask function over the two vectors, its block mask built in the plan.
+
+Cost: 4 K H sum(hi - lo) operations in the forward pass, plus what tiles mask away.
+
+T query rows   S keys   H heads   K head width
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from mmtrain.ops.select import AttentionBackend, attention_backend
+
+TILE_ROWS = 128  # 64 to 256 measured alike on a CPU; 128 is also the flex block
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Query rows `[start, stop)` over keys `[first, last)`, all counted inside their group."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    mask: Tensor | None = None  # boolean [rows, keys], or None when every row sees every key
+    causal: bool = False  # exactly lower triangular, rows and keys of the same length
+
+
+@dataclass(frozen=True)
+class Group:
+    """Query rows that see no key outside the group's own; groups partition rows and keys."""
+
+    rows: int
+    keys: int
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True)
+class IntervalPlan:
+    """What every layer needs to know about one micro-batch's intervals.
+
+    Attributes:
+        groups: for the tiled reference; empty when `block_mask` is used.
+        block_mask: for FlexAttention, or None.
+    """
+
+    groups: tuple[Group, ...]
+    block_mask: BlockMask | None = None
+
+
+def plan_intervals(lo_T: Tensor, hi_T: Tensor, keys: int) -> IntervalPlan:
+    """Plan attention of T rows over `keys` keys; synchronises with the device once.
+
+    Args:
+        lo_T: integers, first key each row sees.
+        hi_T: integers, one past the last key each row sees; `0 <= lo < hi <= keys`, because the
+            softmax over no key at all is undefined (let padding rows see themselves).
+        keys: number of keys S.
+    """
+    if attention_backend(lo_T.device) is AttentionBackend.FLEX:
+        return IntervalPlan((), _block_mask(lo_T, hi_T, keys))
+    lo, hi = lo_T.cpu(), hi_T.cpu()
+    assert bool((lo < hi).all()) and bool((lo >= 0).all()) and bool((hi <= keys).all()), (
+        "a query row sees no key, or keys that do not exist"
+    )
+    if keys != lo.shape[0]:
+        return IntervalPlan((Group(len(lo), keys, tuple(_tiles(lo, hi, 0, len(lo)))),))
+    return IntervalPlan(tuple(_groups(lo, hi)))
+
+
+def interval_attention(
+    q_THK: Tensor, k_SHK: Tensor, v_SHK: Tensor, plan: IntervalPlan, scale: float
+) -> Tensor:
+    """Softmax attention of each query row over its interval of keys.
+
+    Args:
+        q_THK: queries.
+        k_SHK: keys.
+        v_SHK: values.
+        plan: `plan_intervals` of this micro-batch.
+        scale: factor on the logits.
+
+    Returns:
+        `[T, H, K]` in the queries' type.
+    """
+    if plan.block_mask is not None:
+        return _flex(q_THK, k_SHK, v_SHK, plan.block_mask, scale)
+    if len(plan.groups) == 1:
+        return torch.cat(list(_group(q_THK, k_SHK, v_SHK, plan.groups[0], scale)))
+    # split, not slices: its backward is one concatenation instead of one zero-padded sum a slice
+    rows, keys = [g.rows for g in plan.groups], [g.keys for g in plan.groups]
+    q, k, v = torch.split(q_THK, rows), torch.split(k_SHK, keys), torch.split(v_SHK, keys)
+    parts = zip(q, k, v, plan.groups, strict=True)
+    return torch.cat([out for part in parts for out in _group(*part, scale)])
+
+
+def _group(q: Tensor, k: Tensor, v: Tensor, group: Group, scale: float) -> Iterator[Tensor]:
+    """Outputs of one group, tile after tile, each `[rows, H, K]`."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    for tile in group.tiles:
+        out = functional.scaled_dot_product_attention(
+            q[:, :, tile.start : tile.stop],
+            k[:, :, tile.first : tile.last],
+            v[:, :, tile.first : tile.last],
+            attn_mask=tile.mask,
+            is_causal=tile.causal,
+            scale=scale,
+        )
+        yield out.squeeze(0).transpose(0, 1)
+
+
+def _groups(lo: Tensor, hi: Tensor) -> Iterator[Group]:
+    """Cut rows where no interval crosses; short neighbours share a group of one tile."""
+    causal = hi == torch.arange(1, len(hi) + 1)
+    pending: list[int] = []  # start and stop of the group being filled
+    for start, stop in _components(lo, hi):
+        if pending and stop - pending[0] <= TILE_ROWS:
+            pending[1] = stop
+            continue
+        if pending:
+            yield _close(lo, hi, causal, *pending)
+        pending = [start, stop]
+    if pending:
+        yield _close(lo, hi, causal, *pending)
+
+
+def _components(lo: Tensor, hi: Tensor) -> Iterator[tuple[int, int]]:
+    """Smallest runs of rows `[start, stop)` that see only keys `[start, stop)`."""
+    reach = torch.cummax(hi, 0).values  # keys seen by this row or an earlier one end here
+    back = torch.cummin(lo.flip(0), 0).values.flip(0)  # this row or a later one starts here
+    ends = torch.arange(1, len(lo) + 1)
+    later = torch.cat([back[1:], torch.tensor([len(lo)])])
+    start = 0
+    for stop in ends[(reach <= ends) & (later >= ends)].tolist():
+        yield start, stop
+        start = stop
+
+
+def _close(lo: Tensor, hi: Tensor, causal: Tensor, start: int, stop: int) -> Group:
+    length = stop - start
+    if bool((lo[start:stop] == start).all()):
+        if bool(causal[start:stop].all()):
+            return Group(length, length, (Tile(0, length, 0, length, causal=True),))
+        if bool((hi[start:stop] == stop).all()):
+            return Group(length, length, (Tile(0, length, 0, length),))
+    tiles = _tiles(lo[start:stop] - start, hi[start:stop] - start, 0, length)
+    return Group(length, length, tuple(tiles))
+
+
+def _tiles(lo: Tensor, hi: Tensor, start: int, stop: int) -> Iterator[Tile]:
+    """Tiles of rows over the keys they reach; masks only where rows differ."""
+    for a in range(start, stop, TILE_ROWS):
+        b = min(a + TILE_ROWS, stop)
+        low, high = lo[a:b, None], hi[a:b, None]
+        first, last = int(low.min()), int(high.max())
+        if bool((low == first).all()) and bool((high == last).all()):
+            yield Tile(a, b, first, last)
+            continue
+        key = torch.arange(first, last)
+        yield Tile(a, b, first, last, (low <= key) & (key < high))
+
+
+def _block_mask(lo_T: Tensor, hi_T: Tensor, keys: int) -> BlockMask:
+    def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return (lo_T[row] <= key) & (key < hi_T[row])
+
+    return create_block_mask(sees, None, None, len(lo_T), keys, device=str(lo_T.device))
+
+
+@cache
+def _compiled_flex() -> Any:
+    """FlexAttention is only fast (and only sparse) when compiled; compile it once a process."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out: Tensor = _compiled_flex()(q, k, v, block_mask=mask, scale=scale)
+    return out.squeeze(0).transpose(0, 1)
