@@ -1,176 +1,157 @@
-"""A recipe: one YAML, one run. The whole schema as frozen dataclasses.
+"""A recipe: one YAML, one run. Reading it, and writing the resolved recipe back.
 
-Every key is documented here by its comment; OmegaConf checks spelling and type, `problems`
-checks what spans several keys. See `configs/emu/` for recipes.
+A YAML may name a `base:` (a path relative to itself) and say only what differs; overrides from
+the command line come last. `${a.b}` copies another key. In the tables (`data.sources`,
+`optimizer.learning_rates`, ...) the entries of all files add up; `null` takes one out.
+
+All faults are reported at once, as one `RecipeError`, before anything is written.
 """
 
-from dataclasses import dataclass, field
-from enum import Enum
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-class Rule(Enum):
-    """How a stored document becomes a training sequence (specs of Emu, section 3.2)."""
+from mmtrain import faults
+from mmtrain.errors import Problem, RecipeError
+from mmtrain.models.families import FAMILIES
+from mmtrain.models.spec import ModelSpec
+from mmtrain.schema import MISSING, Reader, dotted_keys, join, suggestion, to_plain
+from mmtrain.settings import Recipe
 
-    pair = "pair"  # one image, randomly before or after its text
-    video = "video"  # frames of a clip as one block, randomly before or after its text
-    document = "document"  # the whole interleaved page, cut at a group boundary when too long
-    subsequence = "subsequence"  # MMC4 (a): a random window of the page, its first images
-    sampled_images = "sampled_images"  # MMC4 (b): random images with their matched sentences
-    storyboard = "storyboard"  # frames and subtitles on one time line
-    text = "text"  # text only; images of the document are dropped
-
-
-class Precision(Enum):
-    """Numbers of weights and activations; the optimizer's master weights are float32."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
+BASE = "base"
 
 
-class Recompute(Enum):
-    """Which activations are computed again in the backward pass."""
+def load(path: str | Path, overrides: Iterable[str] = (), world_size: int | None = None) -> Recipe:
+    """Read a recipe and check it.
 
-    none = "none"
-    full = "full"  # every transformer block
+    Args:
+        path: the YAML.
+        overrides: `dotted.key=value`, applied in order; a key that holds dots stands in brackets:
+            `optimizer.learning_rates[vision.stem]=1e-5`.
+        world_size: ranks that the launcher started; None when that is not known yet.
 
-
-class Decay(Enum):
-    """Shape of the learning rate after warm-up."""
-
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-
-
-class Implementation(Enum):
-    """Which AdamW runs; `auto` takes apex, then torch fused, then plain torch."""
-
-    auto = "auto"
-    torch = "torch"
-    torch_fused = "torch_fused"
-    deepspeed = "deepspeed"
-    apex = "apex"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """One data source: a folder of MDS shards with its index."""
-
-    path: str  # local folder; with `remote`, the cache of its shards
-    remote: str | None = None  # where shards are fetched from (s3://, gs://, https://, a folder)
-    weight: float = 1.0  # share of documents drawn, relative to the other sources
-    rule: Rule = Rule.document
-    max_images: int = 5  # images (or frames) a sequence keeps
-    max_tokens: int = 1024  # positions a sequence may take, image groups included
-    image_first: float = 0.5  # probability that an image stands before its text
+    Raises:
+        RecipeError: all faults of spelling, type, layout and files at once.
+    """
+    found: list[Problem] = []
+    layers = _chain(Path(path), found)
+    if found and not layers:
+        raise RecipeError(found)
+    layers += _parsed(overrides, found)
+    written = OmegaConf.merge(*layers)
+    assert isinstance(written, DictConfig)
+    spec = _family(written, found)
+    types: dict[str, Any] = {"model": spec.config_type} if spec else {}
+    plain = _resolved(OmegaConf.merge(_defaults(spec), written), "", found)
+    reader = Reader(types, dotted_keys(Recipe, types), found, {p.place for p in found})
+    recipe = reader.read(Recipe, plain, "")
+    if spec is not None and recipe is not None:
+        late = problems(recipe, world_size)
+        found += [p for p in late if not _mentions(p, reader.doubtful)]
+    if found:
+        raise RecipeError(found)
+    assert isinstance(recipe, Recipe)
+    return recipe
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where documents come from and how they are packed."""
-
-    tokenizer: str = "???"  # a Hugging Face tokenizer folder
-    sources: dict[str, SourceConfig] = field(default_factory=dict)
-    heldout: dict[str, SourceConfig] = field(default_factory=dict)  # for validation, never trained on
-    pack_tokens: int = 2048  # positions of one pack
-    pack_images: int = 8  # images of one pack at most
-    window_documents: int = 1024  # documents packed together at a time (look-ahead)
-    shuffle: bool = True
-    workers: int = 2  # processes that decode images for each rank; 0 decodes in the rank
-    decode_failures: float = 0.01  # share of bad samples beyond which a run stops
+def problems(recipe: Recipe, world_size: int | None = None) -> list[Problem]:
+    """Every fault of a well-typed recipe; see `mmtrain.faults`."""
+    return faults.problems(recipe, FAMILIES[recipe.family], world_size)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """How the model and the batch are spread over ranks; data ranks are what is left."""
-
-    tensor: int = 1  # ranks that share one layer; must divide every head count
-    pipeline: int = 1  # stages; above 1 requires zero_stage = 1
-    zero_stage: int = 1  # DeepSpeed ZeRO: 0 replicates, 1 optimizer, 2 + gradients, 3 + weights
-    sequence: bool = False  # split trunk rows over the tensor ranks (Megatron sequence parallelism)
-    bounds: tuple[int, ...] = ()  # first layer of every stage but the first; empty = balanced
-    recompute: Recompute = Recompute.none
-    timeout_seconds: float = 600.0  # a collective that waits longer fails
+def to_yaml(recipe: Recipe) -> str:
+    """The whole resolved recipe; `load` gives the same object back."""
+    return yaml.safe_dump(to_plain(recipe), sort_keys=False, allow_unicode=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW with learning rates and weight decay by name pattern."""
-
-    learning_rate: float = 3e-5  # of every parameter no pattern names
-    learning_rates: dict[str, float] = field(default_factory=dict)  # name pattern -> peak rate
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-6
-    weight_decay: float = 0.05
-    no_decay: tuple[str, ...] = ()  # name patterns; vectors (norms, biases) are never decayed
-    clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
-    implementation: Implementation = Implementation.auto
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """Learning rate over steps, as a factor of each peak rate."""
-
-    warmup_steps: int = 2000
-    decay: Decay = Decay.cosine
-    final_ratio: float = 0.0  # of the peak, at the last step
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Length and batch of the run."""
-
-    steps: int = 10000
-    global_batch_packs: int = 64  # packs of one optimizer step over all data ranks
-    micro_batch_packs: int = 1  # packs of one forward pass on one rank
-    precision: Precision = Precision.bf16
-    loss_weights: dict[str, float] = field(default_factory=lambda: {"text": 1.0, "image": 1.0})
-    freeze: tuple[str, ...] = ()  # name patterns of parameters that are not trained
-    initialize_from: str | None = None  # folder of full tensors (safetensors) by canonical name
+def _chain(path: Path, found: list[Problem], above: tuple[Path, ...] = ()) -> list[DictConfig]:
+    """The recipe and its bases, the farthest base first."""
+    path = path.resolve()
+    if path in above:
+        loop = " -> ".join(map(str, (*above[above.index(path) :], path)))
+        found.append(Problem(str(path), f"its base chain comes back to itself: {loop}"))
+        return []
+    if not path.is_file():
+        asked = f" (base of {above[-1]})" if above else ""
+        found.append(Problem(str(path), f"there is no such recipe{asked}"))
+        return []
+    try:
+        content = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        found.append(Problem(str(path), f"cannot be read as YAML: {_one_line(error)}"))
+        return []
+    if not isinstance(content, DictConfig):
+        found.append(Problem(str(path), "holds a list; wanted: a table of keys"))
+        return []
+    base = content.pop(BASE, None)
+    if base is None:
+        return [content]
+    if not isinstance(base, str):
+        found.append(Problem(f"{path} {BASE}", f"found {base!r}; wanted: the path of one recipe"))
+        return [content]
+    return [*_chain(path.parent / base, found, (*above, path)), content]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    """What a run reports, and how often."""
-
-    every_steps: int = 1  # metrics.jsonl and TensorBoard scalars
-    modules_every_steps: int = 50  # gradient norm per module; 0 = never
-    images_every_steps: int = 500  # packed samples drawn with their text; 0 = never
-    peak_tflops: float = 0.0  # per device, for MFU; 0 = look the device up, measure on a CPU
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidateConfig:
-    """Held-out loss per source."""
-
-    every_steps: int = 500  # 0 = never
-    packs: int = 64
+def _parsed(overrides: Iterable[str], found: list[Problem]) -> list[DictConfig]:
+    out = []
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not re.fullmatch(r"[^.\[\]]+(\.[^.\[\]]+|\[[^\]]+\])*", key):
+            text = "wanted: key=value, as in train.steps=100"
+            found.append(Problem(f"override {override!r}", text))
+            continue
+        try:
+            out.append(OmegaConf.from_dotlist([override]))
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            found.append(Problem(f"override {override!r}", _one_line(error)))
+    return out
 
 
-@dataclass(frozen=True, kw_only=True)
-class SaveConfig:
-    """Checkpoints."""
+def _family(written: DictConfig, found: list[Problem]) -> ModelSpec | None:
+    name = OmegaConf.to_container(written).get("family", Recipe.family)  # type: ignore[union-attr]
+    if name in FAMILIES:
+        return FAMILIES[name]
+    near = suggestion(str(name), list(FAMILIES))
+    allowed = ", ".join(FAMILIES)
+    found.append(Problem("family", f"there is no family {name!r}{near}; allowed: {allowed}"))
+    return None
 
-    every_steps: int = 500  # 0 = only at the end
-    keep: int = 3  # newest checkpoints kept
+
+def _defaults(spec: ModelSpec | None) -> DictConfig:
+    """What a recipe may leave out, so that `${...}` can point at it."""
+    return OmegaConf.create(to_plain(Recipe(model=spec.config_type() if spec else {})))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The whole of a run."""
+def _resolved(node: Any, place: str, found: list[Problem]) -> Any:
+    """Plain data with every `${...}` replaced; a faulty one becomes a missing value."""
+    if not isinstance(node, (DictConfig, ListConfig)):
+        return node
+    keys: Sequence[Any] = list(node) if isinstance(node, DictConfig) else range(len(node))
+    plain: dict[Any, Any] = {}
+    for key in keys:
+        where = join(place, str(key)) if isinstance(node, DictConfig) else f"{place}[{key}]"
+        try:
+            plain[key] = MISSING if OmegaConf.is_missing(node, key) else node[key]
+        except OmegaConfBaseException as error:
+            raw = OmegaConf.to_container(node, resolve=False)
+            assert isinstance(raw, (Mapping, list))
+            found.append(Problem(where, f"cannot resolve {raw[key]!r}: {_one_line(error)}"))
+            continue
+        plain[key] = _resolved(plain[key], where, found)
+    return plain if isinstance(node, DictConfig) else list(plain.values())
 
-    name: str = "???"  # the run's folder below `output`
-    family: str = "emu"
-    output: str = "runs"
-    seed: int = 0
-    model: Any = None  # the family's own dataclass
-    data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    validate: ValidateConfig = field(default_factory=ValidateConfig)
-    save: SaveConfig = field(default_factory=SaveConfig)
+
+def _mentions(problem: Problem, doubtful: set[str]) -> bool:
+    """Whether a fault derives from a key that is reported already."""
+    text = f"{problem.place} {problem.text}"
+    return any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", text) for key in doubtful)
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(("full_key", "object")))
