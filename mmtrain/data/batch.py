@@ -38,12 +38,14 @@ class BatchInfo:
 class Batch:
     """A micro-batch.
 
-    `inputs.hidden` holds normalised pixels `[N, 3, H, W]` float32. `inputs.fields`, all int64, for Emu:
+    `inputs.hidden` holds normalised pixels `[N, 3, H, W]` float32. `inputs.fields`, all int64,
+    for Emu:
         tokens `[T]`, positions `[T]` (restart at 0 in every document),
         lo, hi `[T]`: keys [lo, hi) that each row sees (padding rows see themselves alone),
         labels `[T]`: the next token to predict, -100 where there is none (weight 0 there),
         slots `[N * Q]`: row of each visual token, T for the slots of dummy images,
-        carry `[P]`, source `[P]`: target row and source row of each regression pair (0 for dummies).
+        carry `[P]`, source `[P]`: target row and source row of each regression pair (0 for
+            dummies).
     """
 
     inputs: Flow

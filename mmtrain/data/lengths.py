@@ -1,0 +1,178 @@
+"""The length index: what a plan must know of every document, without opening media.
+
+For a named tokenizer: sample id, kind, and for each part its modality, its size (tokens of a
+text, images of a picture or clip), its matched text and its time. Stored next to the shards as
+plain arrays that are memory-mapped, so a source of any size costs nothing at start.
+
+D documents   S parts of all documents
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmtrain.data.sequence import Modality
+from mmtrain.errors import ContentError
+
+FORMAT = 1  # of the stored arrays
+MANIFEST = "manifest.json"
+_MODALITIES = (Modality.text, Modality.image, Modality.video)  # code = position
+_ARRAYS = ("ids", "kinds", "offsets", "modalities", "sizes", "matches", "times")
+
+
+@dataclass(frozen=True)
+class PartLength:
+    """Length of one part.
+
+    Attributes:
+        modality: text, image or video.
+        size: tokens of a text part, images of a picture (1) or clip.
+        match: index of the text part an image illustrates, or None.
+        time: seconds on the time line, or None.
+    """
+
+    modality: Modality
+    size: int
+    match: int | None = None
+    time: float | None = None
+
+
+@dataclass(frozen=True)
+class DocumentLengths:
+    """Lengths of one document."""
+
+    sample_id: str
+    kind: str
+    parts: tuple[PartLength, ...]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of all documents of a source.
+
+    Attributes:
+        fingerprint: of the tokenizer that counted.
+        dataset: hash of the shards' `index.json`.
+        shard_sizes: documents of each shard, in order.
+        kind_names: what the codes of `arrays["kinds"]` mean.
+        arrays: `ids` S-bytes [D], `kinds` u2 [D], `offsets` i8 [D + 1], and of each part
+            `modalities` u1 [S], `sizes` i4 [S], `matches` i4 [S] (-1: none), `times` f8 [S] (NaN).
+    """
+
+    fingerprint: str
+    dataset: str
+    shard_sizes: tuple[int, ...]
+    kind_names: tuple[str, ...]
+    arrays: dict[str, NDArray[Any]]
+
+    def __len__(self) -> int:
+        """Documents."""
+        return len(self.arrays["ids"])
+
+    def document(self, number: int) -> DocumentLengths:
+        """Lengths of the document `number` (its place in the shards)."""
+        arrays = self.arrays
+        start, stop = int(arrays["offsets"][number]), int(arrays["offsets"][number + 1])
+        parts = tuple(
+            PartLength(
+                _MODALITIES[modality],
+                size,
+                None if match < 0 else match,
+                None if time != time else time,  # NaN
+            )
+            for modality, size, match, time in zip(
+                arrays["modalities"][start:stop].tolist(),
+                arrays["sizes"][start:stop].tolist(),
+                arrays["matches"][start:stop].tolist(),
+                arrays["times"][start:stop].tolist(),
+                strict=True,
+            )
+        )
+        sample_id = bytes(arrays["ids"][number]).decode()
+        return DocumentLengths(sample_id, self.kind_names[int(arrays["kinds"][number])], parts)
+
+
+def collect(
+    documents: Sequence[DocumentLengths],
+    *,
+    fingerprint: str,
+    dataset: str,
+    shard_sizes: Sequence[int],
+) -> Lengths:
+    """Lengths as arrays; `documents` in stored order."""
+    assert sum(shard_sizes) == len(documents), (sum(shard_sizes), len(documents))
+    kinds = tuple(sorted({document.kind for document in documents}))
+    codes = {kind: code for code, kind in enumerate(kinds)}
+    parts = [part for document in documents for part in document.parts]
+    counts = [len(document.parts) for document in documents]
+    ids = [document.sample_id.encode() for document in documents]
+    times = [np.nan if part.time is None else part.time for part in parts]
+    arrays: dict[str, NDArray[Any]] = {
+        "ids": np.array(ids, dtype=f"S{max(map(len, ids), default=1)}"),
+        "kinds": np.array([codes[document.kind] for document in documents], np.uint16),
+        "offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        "modalities": np.array([_MODALITIES.index(part.modality) for part in parts], np.uint8),
+        "sizes": np.array([part.size for part in parts], np.int32),
+        "matches": np.array([-1 if p.match is None else p.match for p in parts], np.int32),
+        "times": np.array(times, np.float64),
+    }
+    return Lengths(fingerprint, dataset, tuple(shard_sizes), kinds, arrays)
+
+
+def folder_name(fingerprint: str) -> str:
+    """Name of the index folder of a tokenizer, inside the folder of the shards."""
+    return f"lengths-{fingerprint[:16]}"
+
+
+def save(lengths: Lengths, folder: Path) -> None:
+    """Write arrays, then the manifest, into an empty `folder`."""
+    for name, array in lengths.arrays.items():
+        np.save(folder / f"{name}.npy", array, allow_pickle=False)
+    manifest = {
+        "format": FORMAT,
+        "tokenizer": lengths.fingerprint,
+        "dataset": lengths.dataset,
+        "documents": len(lengths),
+        "shard_sizes": list(lengths.shard_sizes),
+        "kinds": list(lengths.kind_names),
+        "bytes": {name: (folder / f"{name}.npy").stat().st_size for name in _ARRAYS},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def files() -> tuple[str, ...]:
+    """Names of the files of an index folder, the manifest last."""
+    return (*(f"{name}.npy" for name in _ARRAYS), MANIFEST)
+
+
+def load(folder: Path, *, fingerprint: str, dataset: str, advice: str) -> Lengths:
+    """Map an index written by `save`; `advice` says how to make it anew.
+
+    Raises:
+        ContentError: it counts another tokenizer or other shards, or its files are damaged.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        found = (manifest["format"], manifest["tokenizer"], manifest["dataset"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ContentError(f"{folder / MANIFEST} is damaged ({error}); {advice}") from error
+    names = ("index format", "tokenizer fingerprint", "hash of index.json")
+    for name, has, wants in zip(names, found, (FORMAT, fingerprint, dataset), strict=True):
+        if has != wants:
+            raise ContentError(f"{folder} is stale: {name} {has}, expected {wants}; {advice}")
+    arrays = {}
+    for name in _ARRAYS:
+        path = folder / f"{name}.npy"
+        size = path.stat().st_size if path.is_file() else 0
+        if size != manifest["bytes"][name]:
+            raise ContentError(
+                f"{path} holds {size} bytes, expected {manifest['bytes'][name]}; {advice}"
+            )
+        arrays[name] = np.load(path, mmap_mode="r" if size > 1 << 20 else None, allow_pickle=False)
+    sizes, kinds = tuple(manifest["shard_sizes"]), tuple(manifest["kinds"])
+    return Lengths(fingerprint, dataset, sizes, kinds, arrays)

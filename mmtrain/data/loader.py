@@ -1,0 +1,236 @@
+"""Optimizer steps of one data rank: lists of micro-batches, a pure function of the step number.
+
+Step s takes packs [s * G, (s + 1) * G) of the plan; data rank r of R the r-th contiguous share,
+cut into micro-batches. So the set of samples of a step, and with weights normalised globally its
+loss, does not depend on R, on accumulation or on workers, and a resumed run starts at its step
+without replay. Worker processes only read and decode; the plan lives in the rank.
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mmtrain.data.assemble import Assembler, Failure
+from mmtrain.data.batch import Batch
+from mmtrain.data.pack import Mark, PackPlan, Plan
+from mmtrain.errors import ContentError, Problem, RecipeError
+
+log = logging.getLogger(__name__)
+
+_JUDGED_DOCUMENTS = 1000  # the share of failures is judged over at least so many documents
+_Work = tuple[PackPlan, ...]
+_Result = tuple[Batch, tuple[Failure, ...], int]
+
+
+class _Bench(Dataset[_Result]):
+    """What a worker process does: packs in, micro-batch out."""
+
+    def __init__(self, assembler: Assembler) -> None:
+        self._assembler = assembler
+
+    def __getitem__(self, work: _Work) -> _Result:
+        return self._assembler.batch(work)
+
+
+class Loader:
+    """Micro-batches of one data rank, step by step."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        assembler: Assembler,
+        *,
+        global_batch_packs: int,
+        micro_batch_packs: int,
+        data_rank: int = 0,
+        data_ranks: int = 1,
+        workers: int = 0,
+        start_step: int = 0,
+        decode_failures: float = 0.01,
+        timeout_seconds: float = 120.0,
+    ) -> None:
+        """Check the numbers; nothing is read yet.
+
+        Args:
+            plan: the run's packs, the same on every rank.
+            assembler: reads and lays out packs.
+            global_batch_packs: G, packs of one optimizer step over all data ranks.
+            micro_batch_packs: packs of one forward pass.
+            data_rank: r; tensor and pipeline ranks of one data rank pass the same.
+            data_ranks: R.
+            workers: processes that read and decode; 0 = in this one.
+            start_step: the first step `steps` yields.
+            decode_failures: share of documents that may fail to decode.
+            timeout_seconds: how long a worker may take for one micro-batch.
+
+        Raises:
+            RecipeError: G is no multiple of R * micro_batch_packs.
+        """
+        if global_batch_packs % (data_ranks * micro_batch_packs):
+            text = (
+                f"{global_batch_packs} is no multiple of {data_ranks} data ranks * "
+                f"{micro_batch_packs} packs a micro-batch; use a multiple of "
+                f"{data_ranks * micro_batch_packs}"
+            )
+            raise RecipeError([Problem("train.global_batch_packs", text)])
+        assert 0 <= data_rank < data_ranks, (data_rank, data_ranks)
+        self.plan = plan
+        self.assembler = assembler
+        self.next_step = start_step
+        self.failures: Counter[tuple[str, str]] = Counter()  # by source and reason
+        self.documents = 0
+        self._global = global_batch_packs
+        self._micro = micro_batch_packs
+        self._rank, self._share = data_rank, global_batch_packs // data_ranks
+        self._workers, self._timeout_seconds = workers, timeout_seconds
+        self._decode_failures = decode_failures
+        self._results: Iterator[_Result] | None = None
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step on this rank (accumulation)."""
+        return self._share // self._micro
+
+    def pack_numbers(self, step: int) -> list[tuple[int, ...]]:
+        """Pack numbers of each micro-batch of `step` on this rank."""
+        first = step * self._global + self._rank * self._share
+        return [
+            tuple(range(start, start + self._micro))
+            for start in range(first, first + self._share, self._micro)
+        ]
+
+    def step(self, number: int) -> list[Batch]:
+        """The micro-batches of step `number`; cheap when steps follow each other.
+
+        Raises:
+            ContentError: too many documents failed to decode, or a shard is damaged.
+            MissingError, StorageError: a shard cannot be had.
+        """
+        if self._results is None or number != self.next_step:
+            self.close()
+            self._results = self._start(number)
+        batches = [self._next() for _ in range(self.micro_batches)]
+        self.next_step = number + 1
+        return batches
+
+    def steps(self) -> Iterator[list[Batch]]:
+        """Steps from `start_step` (or the one after the last `step`) on, without end."""
+        while True:
+            yield self.step(self.next_step)
+
+    def mark(self, step: int) -> Mark:
+        """Where `step` begins in the plan; `plan.seek` of a later process then costs nothing."""
+        return self.plan.mark(step * self._global)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._results = None
+
+    def _start(self, step: int) -> Iterator[_Result]:
+        return _results(self.assembler, self._work(step), self._workers, self._timeout_seconds)
+
+    def _work(self, step: int) -> Iterator[_Work]:
+        while True:
+            for numbers in self.pack_numbers(step):
+                yield tuple(self.plan.pack(number) for number in numbers)
+            step += 1
+
+    def _next(self) -> Batch:
+        assert self._results is not None
+        batch, failures, documents = next(self._results)
+        self.documents += documents
+        for failure in failures:
+            kind = (failure.source, failure.reason)
+            if not self.failures[kind]:
+                log.warning(
+                    "source %s sample %s left out: %s (logged once a kind)",
+                    failure.source,
+                    failure.sample_id,
+                    failure.reason,
+                )
+            self.failures[kind] += 1
+        bad = self.failures.total()
+        if bad > self._decode_failures * max(self.documents, _JUDGED_DOCUMENTS):
+            counts = ", ".join(f"{s} {r} {n}" for (s, r), n in sorted(self.failures.items()))
+            raise ContentError(
+                f"{bad} of {self.documents} documents cannot be decoded ({counts}); allowed is a "
+                f"share of {self._decode_failures}: repair the source or raise data.decode_failures"
+            )
+        return batch
+
+
+def heldout_batches(
+    plan: Plan,
+    assembler: Assembler,
+    *,
+    packs: int,
+    micro_batch_packs: int,
+    data_rank: int = 0,
+    data_ranks: int = 1,
+    workers: int = 0,
+    timeout_seconds: float = 120.0,
+) -> Iterator[Batch]:
+    """Packs 0 .. n - 1 of a held-out plan, n = min(packs, what the plan has).
+
+    Every data rank yields the same number of micro-batches; those past the end hold padding
+    alone, with weight 0.
+
+    Args:
+        plan: a plan over `OnePass` draws.
+        assembler: reads and lays out packs.
+        packs: packs over all ranks at most.
+        micro_batch_packs: packs of one forward pass.
+        data_rank: this data rank.
+        data_ranks: data ranks.
+        workers: processes that read and decode.
+        timeout_seconds: how long a worker may take for one micro-batch.
+    """
+    count = min(packs, plan.packs())
+    rounds = math.ceil(count / (data_ranks * micro_batch_packs))
+    first = data_rank * rounds * micro_batch_packs
+
+    def work() -> Iterator[_Work]:
+        for start in range(first, first + rounds * micro_batch_packs, micro_batch_packs):
+            numbers = range(start, start + micro_batch_packs)
+            yield tuple(plan.pack(n) if n < count else PackPlan(n, ()) for n in numbers)
+
+    for batch, failures, _ in _results(assembler, work(), workers, timeout_seconds):
+        if failures:
+            first_failure = failures[0]
+            raise ContentError(
+                f"held-out source {first_failure.source} sample {first_failure.sample_id} cannot "
+                f"be decoded: {first_failure.reason}; held-out data must be whole"
+            )
+        yield batch
+
+
+def _results(
+    assembler: Assembler, work: Iterator[_Work], workers: int, timeout_seconds: float
+) -> Iterator[_Result]:
+    loader: DataLoader[Any] = DataLoader(
+        _Bench(assembler),
+        sampler=_Once(work),
+        batch_size=None,
+        num_workers=workers,
+        timeout=timeout_seconds if workers else 0,
+        # an iterator draws a base seed; from the global generator it would shift the model's
+        # random numbers and break bitwise resume
+        generator=torch.Generator().manual_seed(0),
+        prefetch_factor=2 if workers else None,
+    )
+    return iter(loader)
+
+
+class _Once:
+    """A sampler over work that is already in order."""
+
+    def __init__(self, work: Iterator[_Work]) -> None:
+        self._work = work
+
+    def __iter__(self) -> Iterator[_Work]:
+        return self._work

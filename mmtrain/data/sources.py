@@ -1,0 +1,37 @@
+"""Opening a data source: its shards, its length index, its rule."""
+
+from pathlib import Path
+
+from mmtrain.data.mixture import Source
+from mmtrain.data.rules import RuleOptions
+from mmtrain.data.shards import load_lengths, open_shards
+from mmtrain.data.vocabulary import Vocabulary
+
+
+def open_source(
+    name: str,
+    path: Path,
+    vocabulary: Vocabulary,
+    options: RuleOptions,
+    *,
+    weight: float = 1.0,
+    remote: str | None = None,
+) -> Source:
+    """Open a dataset written by `write_shards` and indexed by `build_index`.
+
+    Args:
+        name: of the source; seeds its order.
+        path: folder of the shards; with `remote`, the cache of its files.
+        vocabulary: the tokenizer whose lengths are planned with.
+        options: how documents become sequences.
+        weight: share of documents, relative to the other sources.
+        remote: where files are fetched from (s3://, gs://, hf://, ..., a folder).
+
+    Raises:
+        MissingError: shards or their length index are not there; says what to run.
+        ContentError: they are damaged or stale.
+        StorageError: they cannot be read or fetched.
+    """
+    shards = open_shards(path, remote)
+    lengths = load_lengths(shards, vocabulary)
+    return Source(name=name, lengths=lengths, documents=shards, options=options, weight=weight)
