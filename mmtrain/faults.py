@@ -8,13 +8,14 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from mmtrain.data.rules import Rule
 from mmtrain.errors import Problem
 from mmtrain.layout.dims import dims_for
 from mmtrain.layout.names import covers
 from mmtrain.models.census import LayerCensus, take_census
 from mmtrain.models.spec import ModelSpec
 from mmtrain.schema import join, suggestion
-from mmtrain.settings import Recipe, Rule, SourceConfig
+from mmtrain.settings import Recipe, SourceConfig
 
 # a folder with any of these is a tokenizer that transformers can read
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -46,7 +47,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 
 
 def problems(recipe: Recipe, spec: ModelSpec, world_size: int | None = None) -> list[Problem]:
-    """Every fault of a well-typed recipe.
+    """Every fault of a well-typed recipe but missing files.
 
     Args:
         recipe: what to check.
@@ -55,10 +56,10 @@ def problems(recipe: Recipe, spec: ModelSpec, world_size: int | None = None) -> 
     """
     model = list(spec.problems(recipe.model, max(1, recipe.parallel.tensor)))
     found = [*_numbers(recipe), *_layout(recipe, world_size), *_batch(recipe, world_size), *model]
-    if not model:
+    if not model or not list(spec.problems(recipe.model, 1)):  # it can be built
         census = take_census(spec, recipe.model)
         found += [*_bounds(recipe, census), *_patterns(recipe, census), *_packs(recipe, spec)]
-    return [*found, *_losses(recipe, spec), *_sources(recipe), *_files(recipe)]
+    return [*found, *_losses(recipe, spec), *_sources(recipe)]
 
 
 def _numbers(recipe: Recipe) -> Iterator[Problem]:
@@ -258,7 +259,8 @@ def _sources(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
-def _files(recipe: Recipe) -> Iterator[Problem]:
+def missing_files(recipe: Recipe) -> Iterator[Problem]:
+    """Every file and folder that a recipe names and that is not there."""
     tokenizer = Path(recipe.data.tokenizer)
     if not tokenizer.is_dir():
         yield Problem("data.tokenizer", f"there is no folder {tokenizer}")

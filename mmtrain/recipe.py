@@ -9,6 +9,7 @@ All faults are reported at once, as one `RecipeError`, before anything is writte
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,21 @@ from mmtrain.settings import Recipe
 BASE = "base"
 
 
+@dataclass(frozen=True)
+class Examined:
+    """A YAML, read as far as it goes.
+
+    Attributes:
+        recipe: None when it is too faulty to be built.
+        faults: everything that is wrong with it in itself.
+        missing: files that it names and that are not there.
+    """
+
+    recipe: Recipe | None
+    faults: tuple[Problem, ...]
+    missing: tuple[Problem, ...] = ()
+
+
 def load(path: str | Path, overrides: Iterable[str] = (), world_size: int | None = None) -> Recipe:
     """Read a recipe and check it.
 
@@ -38,10 +54,20 @@ def load(path: str | Path, overrides: Iterable[str] = (), world_size: int | None
     Raises:
         RecipeError: all faults of spelling, type, layout and files at once.
     """
+    seen = examine(path, overrides, world_size)
+    if seen.recipe is None or seen.faults or seen.missing:
+        raise RecipeError([*seen.faults, *seen.missing])
+    return seen.recipe
+
+
+def examine(
+    path: str | Path, overrides: Iterable[str] = (), world_size: int | None = None
+) -> Examined:
+    """Read a recipe and collect its faults; the arguments are those of `load`."""
     found: list[Problem] = []
     layers = _chain(Path(path), found)
     if found and not layers:
-        raise RecipeError(found)
+        return Examined(None, tuple(found))
     layers += _parsed(overrides, found)
     written = OmegaConf.merge(*layers)
     assert isinstance(written, DictConfig)
@@ -50,18 +76,18 @@ def load(path: str | Path, overrides: Iterable[str] = (), world_size: int | None
     plain = _resolved(OmegaConf.merge(_defaults(spec), written), "", found)
     reader = Reader(types, dotted_keys(Recipe, types), found, {p.place for p in found})
     recipe = reader.read(Recipe, plain, "")
-    if spec is not None and recipe is not None:
-        late = problems(recipe, world_size)
-        found += [p for p in late if not _mentions(p, reader.doubtful)]
-    if found:
-        raise RecipeError(found)
-    assert isinstance(recipe, Recipe)
-    return recipe
+    if spec is None or not isinstance(recipe, Recipe):
+        return Examined(None, tuple(found))
+    late = faults.problems(recipe, spec, world_size)
+    found += [p for p in late if not _mentions(p, reader.doubtful)]
+    missing = [p for p in faults.missing_files(recipe) if not _mentions(p, reader.doubtful)]
+    return Examined(recipe, tuple(found), tuple(missing))
 
 
 def problems(recipe: Recipe, world_size: int | None = None) -> list[Problem]:
     """Every fault of a well-typed recipe; see `mmtrain.faults`."""
-    return faults.problems(recipe, FAMILIES[recipe.family], world_size)
+    spec = FAMILIES[recipe.family]
+    return [*faults.problems(recipe, spec, world_size), *faults.missing_files(recipe)]
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -124,7 +150,10 @@ def _family(written: DictConfig, found: list[Problem]) -> ModelSpec | None:
 
 def _defaults(spec: ModelSpec | None) -> DictConfig:
     """What a recipe may leave out, so that `${...}` can point at it."""
-    return OmegaConf.create(to_plain(Recipe(model=spec.config_type() if spec else {})))
+    defaults: DictConfig = OmegaConf.create(
+        to_plain(Recipe(model=spec.config_type() if spec else {}))
+    )
+    return defaults
 
 
 def _resolved(node: Any, place: str, found: list[Problem]) -> Any:
@@ -149,7 +178,11 @@ def _resolved(node: Any, place: str, found: list[Problem]) -> Any:
 def _mentions(problem: Problem, doubtful: set[str]) -> bool:
     """Whether a fault derives from a key that is reported already."""
     text = f"{problem.place} {problem.text}"
-    return any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", text) for key in doubtful)
+    # families name the other keys of a section of theirs by their last component
+    own = {key.rpartition(".")[0] + "." for key in doubtful if key.startswith("model.")}
+    return problem.place.startswith(tuple(own)) or any(
+        re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", text) for key in doubtful
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -20,9 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 from mmtrain.errors import Problem
 
 MISSING = "???"  # OmegaConf's mark of a value that must be given
+INVALID = object()  # what reading gives for a value that is at fault
 
 _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-_NODES = {int: IntegerNode, float: FloatNode, bool: BooleanNode, str: StringNode}
+_NODES: dict[type, Any] = {int: IntegerNode, float: FloatNode, bool: BooleanNode, str: StringNode}
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Reader:
     doubtful: set[str] = field(default_factory=set)
 
     def read(self, kind: Any, value: Any, place: str) -> Any:
-        """Turn `value` into `kind`; a fault is noted and the value None returned."""
+        """Turn `value` into `kind`; a fault is noted and `INVALID` returned."""
         if kind is Any:
             kind = self.types.get(place, Any)
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -75,31 +76,30 @@ class Reader:
             where = join(place, name)
             if name in value:
                 found = self.read(hints[name], value[name], where)
-                if where not in self.doubtful:
+                if found is not INVALID:
                     given[name] = found
             elif _is_mandatory(spec) and where not in self.doubtful:
                 self.read(hints[name], MISSING, where)
         if any(_is_mandatory(spec) for name, spec in fields.items() if name not in given):
             self.doubtful.add(place)
-            return None
+            return INVALID
         return kind(**given)
 
-    def _table(self, kind: Any, value: Any, place: str) -> dict[str, Any] | None:
+    def _table(self, kind: Any, value: Any, place: str) -> Any:
         if not isinstance(value, Mapping):
-            self._fault(place, f"found {show(value)}; wanted: a table of names and values")
-            return None
+            return self._fault(place, f"found {show(value)}; wanted: {wanted(dict[str, Any])}")
         entries = {str(k): v for k, v in value.items() if v is not None}
         read = {key: self.read(kind, entry, join(place, key)) for key, entry in entries.items()}
-        return {key: found for key, found in read.items() if found is not None}
+        return {key: found for key, found in read.items() if found is not INVALID}
 
-    def _list(self, kind: Any, value: Any, place: str) -> tuple[Any, ...] | None:
+    def _list(self, kind: Any, value: Any, place: str) -> Any:
         if not isinstance(value, (list, tuple)):
-            self._fault(place, f"found {show(value)}; wanted: a list, as in [a, b]")
-            return None
-        return tuple(self.read(kind, entry, f"{place}[{i}]") for i, entry in enumerate(value))
+            return self._fault(place, f"found {show(value)}; wanted: a list, as in [a, b]")
+        read = [self.read(kind, entry, f"{place}[{i}]") for i, entry in enumerate(value)]
+        return tuple(found for found in read if found is not INVALID)
 
     def _scalar(self, kind: type, value: Any, place: str) -> Any:
-        if isinstance(value, kind):
+        if type(value) is kind:
             return value
         try:
             if issubclass(kind, Enum):
@@ -113,15 +113,16 @@ class Reader:
                 near = suggestion(str(value), [member.name for member in kind])
             return self._fault(place, f"found {show(value)}; wanted: {wanted(kind)}{near}")
 
-    def _fault(self, place: str, text: str) -> None:
+    def _fault(self, place: str, text: str) -> object:
         self.problems.append(Problem(place, text))
         self.doubtful.add(place)
+        return INVALID
 
     def _unknown(self, place: str, value: Any, allowed: list[str]) -> None:
         section, _, key = place.rpartition(".")
         near = [join(section, name) for name in difflib.get_close_matches(key, allowed, 1, 0.6)]
-        near += [k for k in self.known if k.rpartition(".")[2] == key]
-        near += difflib.get_close_matches(place, self.known, 1, 0.8)
+        leaves = {known.rpartition(".")[2]: known for known in reversed(self.known)}
+        near += [leaves[leaf] for leaf in difflib.get_close_matches(key, list(leaves), 1, 0.8)]
         hint = f"did you mean {near[0]}? " if near else ""
         self.doubtful.update(near[:1])
         where = f"keys of {section}" if section else "top-level keys"

@@ -8,7 +8,7 @@ from mmtrain.layout.plan import compile_pattern
 def covers(pattern: str, name: str) -> bool:
     """Whether a pattern names a parameter or a module above it.
 
-    `vision` covers `vision.stem.cls`, and `blocks.*.attention` covers `blocks.3.attention.q.weight`.
+    `vision` covers `vision.stem.cls`; `blocks.*.attention` covers `blocks.3.attention.q.weight`.
     """
     compiled = compile_pattern(pattern)
     parts = name.split(".")

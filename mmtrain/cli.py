@@ -1,0 +1,324 @@
+"""The command line. One table of commands; each handler is a few lines over the rooms below.
+
+Heavy rooms (torch, DeepSpeed, transformers) are imported inside the handlers: they take seconds,
+which `--help` and a misspelt command need not wait for, and a training rank must set its signal
+handlers before them.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmtrain import log
+from mmtrain.errors import ExitCode, MmtrainError, RecipeError
+from mmtrain.layout.ranks import launched
+
+Arguments = argparse.Namespace
+
+_DESCRIPTION = """\
+Train models that read and write text and images in one sequence.
+
+One YAML is one run. The same YAML runs on a laptop, under torchrun, under the
+deepspeed launcher and under sbatch; overrides follow it as key=value."""
+
+_EPILOG = """\
+examples:
+  mmtrain data shapes demo_data --documents 4000     make demo data
+  mmtrain check configs/emu/demo.yaml                all faults of a recipe, or its facts
+  mmtrain plan configs/emu/14b_pretrain.yaml --world 128
+  mmtrain train configs/emu/demo.yaml parallel.tensor=1 train.steps=100
+  torchrun --nproc-per-node 2 -m mmtrain train configs/emu/demo.yaml
+  deepspeed --num_gpus 2 --module mmtrain train configs/emu/demo.yaml
+  sbatch slurm/train.sbatch configs/emu/14b_pretrain.yaml
+  mmtrain sample runs/demo --prompt "a picture of [picture.png]"
+
+exit codes: 0 done; 2 recipe or command wrong, nothing written; 65 content invalid;
+66 input missing; 70 bug; 74 storage; 75 peer failed; 85 stopped on request; 86 hang;
+87 non-finite numbers; 88 replicas differ; 93 no progress. Worth a retry: 74 75 85 86 88.
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        name: words of the command, as in `data shapes`.
+        summary: one line for the list.
+        declare: adds the arguments.
+        handle: does it; returns the exit code.
+    """
+
+    name: str
+    summary: str
+    declare: Callable[[argparse.ArgumentParser], None]
+    handle: Callable[[Arguments], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the process's exit code."""
+    place = launched(os.environ)
+    log.start(place.rank, place.world_size)
+    arguments = _parse(argv)
+    try:
+        return int(arguments.handle(arguments))
+    except RecipeError as error:
+        if place.rank == 0:  # every rank reads the same recipe and finds the same faults
+            print(_faults(error), file=sys.stderr)
+        return int(error.exit_code)
+    except MmtrainError as error:
+        where = f"rank {place.rank}: " if place.world_size > 1 else ""
+        print(f"mmtrain: {where}{error}", file=sys.stderr)
+        return int(error.exit_code)
+
+
+def _train(arguments: Arguments) -> int:
+    from mmtrain.recipe import load
+
+    recipe = load(arguments.recipe, arguments.overrides, launched(os.environ).world_size)
+    return int(_function("mmtrain.run", "train")(recipe))
+
+
+def _check(arguments: Arguments) -> int:
+    from mmtrain.facts import describe
+    from mmtrain.recipe import examine
+
+    seen = examine(arguments.recipe, arguments.overrides, arguments.world)
+    if seen.recipe is not None and not seen.faults:
+        print(f"{arguments.recipe}\n\n{describe(seen.recipe)}\n")
+    if seen.faults or seen.missing:
+        raise RecipeError([*seen.faults, *seen.missing])
+    print("OK")
+    return ExitCode.DONE
+
+
+def _plan(arguments: Arguments) -> int:
+    from mmtrain.facts import plan
+    from mmtrain.recipe import examine
+
+    seen = examine(arguments.recipe, arguments.overrides, arguments.world)
+    if seen.recipe is None or seen.faults:
+        raise RecipeError(seen.faults)
+    print(plan(seen.recipe, arguments.world))  # needs no data: missing files do not matter
+    return ExitCode.DONE
+
+
+def _data_shapes(arguments: Arguments) -> int:
+    from mmtrain.data.shapes import write_shapes
+
+    report = write_shapes(arguments.out, arguments.documents, arguments.seed)
+    for source, count in report.documents.items():
+        print(f"{count:8,} documents  {report.out / source}")
+    print(f"{report.images:8,} images     tokenizer in {report.tokenizer}")
+    return ExitCode.DONE
+
+
+def _data_index(arguments: Arguments) -> int:
+    from mmtrain.data.shards import build_index
+
+    report = build_index(arguments.shards, arguments.tokenizer)
+    print(
+        f"{report.documents:,} documents, {report.text_tokens:,} text tokens, "
+        f"{report.images:,} images: {report.folder}"
+    )
+    return ExitCode.DONE
+
+
+def _data_look(arguments: Arguments) -> int:
+    from mmtrain.recipe import load
+
+    recipe = load(arguments.recipe, arguments.overrides)
+    return int(_function("mmtrain.run", "look")(recipe, arguments.packs, arguments.out))
+
+
+def _sample(arguments: Arguments) -> int:
+    options = vars(arguments)
+    names = ("run", "prompt", "method", "top_p", "beams", "new_tokens", "seed", "checkpoint", "out")
+    return int(_function("mmtrain.run", "sample")(**{name: options[name] for name in names}))
+
+
+def _evaluate(arguments: Arguments) -> int:
+    evaluate = _function("mmtrain.run", "evaluate")
+    return int(evaluate(arguments.run, arguments.checkpoint, arguments.documents))
+
+
+def _convert(arguments: Arguments) -> int:
+    convert = _function("mmtrain.run", "convert")
+    return int(convert(arguments.run, arguments.checkpoint, arguments.out))
+
+
+def _function(module: str, name: str) -> Callable[..., Any]:
+    """A function of a heavy room, by name: the one place where the rooms are wired in."""
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def _takes_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the YAML of the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="override of a dotted key of the recipe"
+    )
+
+
+def _takes_recipe_and_world(parser: argparse.ArgumentParser) -> None:
+    _takes_recipe(parser)
+    parser.add_argument(
+        "--world", type=_positive, metavar="N", help="number of ranks the layout must fit"
+    )
+
+
+def _takes_plan(parser: argparse.ArgumentParser) -> None:
+    _takes_recipe(parser)
+    parser.add_argument(
+        "--world", type=_positive, metavar="N", required=True, help="number of ranks"
+    )
+
+
+def _takes_shapes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
+    parser.add_argument(
+        "--documents", type=_positive, default=4000, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of everything; default: %(default)s"
+    )
+
+
+def _takes_index(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="a folder of MDS shards")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="DIR", help="a Hugging Face folder"
+    )
+
+
+def _takes_look(parser: argparse.ArgumentParser) -> None:
+    _takes_recipe(parser)
+    parser.add_argument(
+        "--packs", type=_positive, default=4, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the PNGs")
+
+
+def _takes_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, as in runs/demo")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="as in step-00000100; the newest complete one if left out",
+    )
+
+
+def _takes_sample(parser: argparse.ArgumentParser) -> None:
+    _takes_run(parser)
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text with images as [path.png]; a prompt that ends with [IMG] asks for an image; may "
+        "be repeated; held-out documents are used if left out",
+    )
+    parser.add_argument(
+        "--method",
+        choices=("greedy", "top-p", "beam"),
+        default="greedy",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=0.9, metavar="P", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--beams", type=_positive, default=5, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--new-tokens", type=_positive, default=64, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of top-p; default: %(default)s"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="RUN/samples if left out")
+
+
+def _takes_evaluate(parser: argparse.ArgumentParser) -> None:
+    _takes_run(parser)
+    parser.add_argument(
+        "--documents",
+        type=_positive,
+        default=256,
+        metavar="N",
+        help="of each source; default: %(default)s",
+    )
+
+
+def _takes_convert(parser: argparse.ArgumentParser) -> None:
+    _takes_run(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+
+
+COMMANDS = (
+    Command("train", "train a recipe", _takes_recipe, _train),
+    Command("check", "all faults of a recipe, or its facts", _takes_recipe_and_world, _check),
+    Command("plan", "stages, memory and batch on N ranks", _takes_plan, _plan),
+    Command("data shapes", "write demo data: coloured shapes", _takes_shapes, _data_shapes),
+    Command("data index", "count tokens and images of shards", _takes_index, _data_index),
+    Command("data look", "draw packs of a recipe as pictures", _takes_look, _data_look),
+    Command("sample", "write text and images with a run", _takes_sample, _sample),
+    Command("evaluate", "held-out losses and caption accuracy", _takes_evaluate, _evaluate),
+    Command("convert", "export full tensors as safetensors", _takes_convert, _convert),
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mmtrain",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # the deepspeed launcher puts it before the command; the rank is read from the environment
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    groups = {"": parser.add_subparsers(title="commands", metavar="COMMAND", required=True)}
+    for command in COMMANDS:
+        group, _, word = command.name.rpartition(" ")
+        if group not in groups:
+            inner = groups[""].add_parser(group, help=_group_summary(group))
+            groups[group] = inner.add_subparsers(title="commands", metavar="COMMAND", required=True)
+        made = groups[group].add_parser(
+            word, help=command.summary, description=command.summary.capitalize() + "."
+        )
+        command.declare(made)
+        made.set_defaults(handle=command.handle, parser=made)
+    return parser
+
+
+def _group_summary(group: str) -> str:
+    words = [c.name.split()[1] for c in COMMANDS if c.name.startswith(group + " ")]
+    return f"{group} sets: " + ", ".join(words)
+
+
+def _parse(argv: Sequence[str] | None) -> Arguments:
+    """Arguments of a command; overrides may stand before or after the options."""
+    arguments, rest = _parser().parse_known_args(argv)
+    overrides = getattr(arguments, "overrides", None)
+    if rest and (overrides is None or any(word.startswith("-") for word in rest)):
+        arguments.parser.error(f"unknown argument(s): {' '.join(rest)}")
+    if overrides is not None:
+        overrides.extend(rest)
+    return arguments
+
+
+def _positive(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"found {word!r}; wanted: a whole number from 1")
+    return int(word)
+
+
+def _faults(error: RecipeError) -> str:
+    count = len(error.problems)
+    heading = f"mmtrain: {count} fault{'s' if count > 1 else ''}; nothing was written"
+    return "\n".join([heading, *(f"  {problem}" for problem in error.problems)])
