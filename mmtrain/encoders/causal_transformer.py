@@ -124,7 +124,7 @@ class CausalBlock(nn.Module):
 
 
 class CausalTransformer(nn.Module):
-    """Visual tokens `[N, S, C]` to embeddings `[N * Q, D]`; row i depends on queries up to i."""
+    """Visual tokens `[N, S, C]` to embeddings `[N, Q, D]`; row i depends on queries up to i."""
 
     def __init__(
         self,
@@ -161,13 +161,13 @@ class CausalTransformer(nn.Module):
         self.projection = nn.Linear(width, output_width)
 
     def forward(self, flow: Flow) -> Flow:
-        """`hidden [N, S, C]` to `[N * Q, D]`."""
+        """`hidden [N, S, C]` to `[N, Q, D]`; three dims, so no carried rows are read into it."""
         memory_NSC = flow.hidden
         x_NQW = self.queries.expand(memory_NSC.shape[0], -1, -1)
         bias_HQQ = self.position_bias()
         for block in self.blocks:
             x_NQW = block(x_NQW, memory_NSC, bias_HQQ)
-        return flow.with_hidden(self.projection(self.norm(x_NQW)).flatten(0, 1))
+        return flow.with_hidden(self.projection(self.norm(x_NQW)))
 
     def position_bias(self) -> Tensor:
         """Float32 `[H, Q, Q]`: the table's entry of each distance, -inf on the future."""

@@ -34,8 +34,8 @@ class SplicedEmbedding(nn.Module):
         self.scatter = nn.Identity()
 
     def forward(self, flow: Flow) -> Flow:
-        """`hidden [N * Q, D]` to `hidden [T, D]` and `carried [P, D]`."""
+        """`hidden [N, Q, D]` to `hidden [T, D]` and `carried [P, D]`."""
         fields = flow.fields
-        rows_TD = splice(self.tokens(fields["tokens"]), fields["slots"], flow.hidden)
+        rows_TD = splice(self.tokens(fields["tokens"]), fields["slots"], flow.hidden.flatten(0, 1))
         carried_PD = rows_TD.detach()[fields[CARRY]]
         return Flow(self.scatter(rows_TD), fields, carried_PD, flow.derived)

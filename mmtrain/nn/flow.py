@@ -47,6 +47,7 @@ class Flow:
             hidden=self.hidden.to(device),
             fields={name: field.to(device) for name, field in self.fields.items()},
             carried=None if self.carried is None else self.carried.to(device),
+            derived={},
         )
 
     def derive(self, key: Hashable, make: Callable[[], Derived]) -> Derived:

@@ -5,8 +5,8 @@ query t sees keys `[lo[t], hi[t])`. No T x T mask is ever made. `plan_intervals`
 vectors to the host once per micro-batch; every layer then reuses the plan.
 
 Reference (CPU): rows are cut into groups that see only their own keys (documents, or several short
-ones together), a long causal document runs as one causal call without a mask, everything else in tiles
-of `TILE_ROWS` query rows over the keys they reach, with a small boolean mask.
+ones together), a long causal document runs as one causal call without a mask, everything else in
+tiles of `TILE_ROWS` query rows over the keys they reach, with a small boolean mask.
 CUDA: FlexAttention with a mask function over the two vectors, its block mask built in the plan.
 
 Cost: 4 K H sum(hi - lo) operations in the forward pass, plus what tiles mask away.

@@ -1,0 +1,328 @@
+"""Writing with an Emu on one device: text (greedy, top-p, beam), visual embeddings, ranking.
+
+Prompts may hold images. They are prefilled packed, without padding between them, then every step
+adds one row a sequence through a key-value cache; by causality the result is that of a model
+without a cache. Beam search follows transformers 4.31, under which the release was evaluated.
+
+B sequences   T packed rows   D width   V vocabulary   Q visual rows of an image
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from mmtrain.data.tokens import SequenceFormat
+from mmtrain.errors import ContentError
+from mmtrain.models.emu.model import EmuHead
+from mmtrain.nn.block import KEYS
+from mmtrain.nn.cache import KeyValueCache, Prefill, Step
+from mmtrain.nn.embed import SplicedEmbedding, splice
+from mmtrain.nn.flow import Flow
+from mmtrain.nn.masks import Intervals
+
+Choose = Callable[[Tensor], Tensor]  # logits [B, V] to ids [B]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What a sequence starts with.
+
+    Attributes:
+        tokens: ids, <s> included; each image is [IMG], Q x <image>, [/IMG].
+        pixels: normalised images `[n, 3, H, W]` in the order of their groups, or None.
+    """
+
+    tokens: tuple[int, ...]
+    pixels: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beams:
+    """Beam search as transformers 4.31 does it from embeddings: one <s> counts in every length."""
+
+    beams: int = 5
+    new_tokens: int = 50
+    length_penalty: float = 0.0  # score = summed log-probability / length ** penalty
+    minimum_length: int = 1  # </s> may be the minimum_length-th new id at the earliest
+
+
+@dataclass
+class Nucleus:
+    """Draw from the most likely ids that together hold `top_p` (Holtzman, arXiv:1904.09751)."""
+
+    top_p: float = 0.9
+    temperature: float = 1.0
+    seed: int = 0
+    _generator: torch.Generator = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Seed a generator of our own: drawing must not touch torch's global one."""
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def __call__(self, logits_BV: Tensor) -> Tensor:
+        """Ids `[B]`; the most likely one always may be drawn."""
+        chance, ids = (logits_BV.float().cpu() / self.temperature).softmax(-1).sort(-1, True)
+        before = chance.cumsum(-1) - chance
+        drawn = chance.masked_fill(before >= self.top_p, 0.0).multinomial(
+            1, generator=self._generator
+        )
+        return ids.gather(-1, drawn).squeeze(-1).to(logits_BV.device)
+
+
+def greedy(logits_BV: Tensor) -> Tensor:
+    """The most likely id of each row."""
+    return logits_BV.argmax(-1)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences one after another in one row."""
+
+    rows_TD: Tensor
+    positions_T: Tensor
+    segments_T: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def last_B(self) -> Tensor:
+        """Row of each sequence's last token."""
+        return torch.tensor(self.lengths, device=self.rows_TD.device).cumsum(0) - 1
+
+
+class Writing:
+    """Sequences in the middle of being written: the cache and where each one stands."""
+
+    def __init__(self, cache: KeyValueCache, lengths: Sequence[int], device: torch.device) -> None:
+        """Start with `lengths` positions already in the cache."""
+        self.cache = cache
+        self.position_B = torch.tensor(lengths, device=device)
+        self.longest = max(lengths)
+
+    def select(self, sequence_B: Tensor) -> None:
+        """Keep, copy and reorder sequences."""
+        self.cache.select(sequence_B)
+        self.position_B = self.position_B[sequence_B]
+
+    def advance(self) -> Step:
+        """Room for one more row a sequence."""
+        self.longest += 1
+        step = Step(self.cache, self.position_B, self.longest)
+        self.position_B = self.position_B + 1
+        return step
+
+
+class EmuSampler:
+    """An Emu built by `model.build_plain`, and the ids its sequences are made of."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], form: SequenceFormat) -> None:
+        """Take the layers in order of the fold; they are used in place, on their device."""
+        names = list(layers)
+        self.form = form
+        self._encoder = [layers[name] for name in names[: names.index("embed")]]
+        self._blocks = [layers[name] for name in names if name.startswith("blocks.")]
+        self._embed = cast(SplicedEmbedding, layers["embed"])
+        self.head = cast(EmuHead, layers["head"])
+        self.device = self._embed.tokens.weight.device
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Visual rows `[n, Q, D]` of images `[n, 3, H, W]`."""
+        flow = Flow(pixels.to(self.device), {})
+        for layer in self._encoder:
+            flow = layer(flow)
+        return flow.hidden
+
+    def pack(self, prompts: Sequence[Prompt]) -> Packed:
+        """Embed prompts, visual rows in place, and lay them one after another.
+
+        Raises:
+            ContentError: a prompt's images do not fill its <image> positions.
+        """
+        for number, prompt in enumerate(prompts):
+            self._check(number, prompt)
+        lengths = tuple(len(prompt.tokens) for prompt in prompts)
+        tokens_T = self._ids([token for prompt in prompts for token in prompt.tokens])
+        rows_TD = self._embed.tokens(tokens_T)
+        pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
+        if sum(len(images) for images in pixels):
+            slots = (tokens_T == self.form.image_slot).nonzero().squeeze(-1)
+            visual_NQD = self.encode(torch.cat(pixels))
+            rows_TD = splice(rows_TD, slots, visual_NQD.flatten(0, 1))
+        return self._lay(rows_TD, lengths)
+
+    def hidden(self, packed: Packed) -> Tensor:
+        """Trunk rows `[T, D]` before the final norm, without a cache."""
+        intervals = Intervals.causal_packed(packed.segments_T)
+        return self._fold(packed.rows_TD, packed.positions_T, intervals)
+
+    def start(self, prompts: Sequence[Prompt], room: int) -> tuple[Writing, Tensor]:
+        """Prefill prompts and leave `room` more positions; also the last rows `[B, D]`."""
+        return self.start_packed(self.pack(prompts), room)
+
+    def start_packed(self, packed: Packed, room: int) -> tuple[Writing, Tensor]:
+        """`start` for sequences that are embedded already."""
+        cache = KeyValueCache(len(packed.lengths), max(packed.lengths) + room)
+        intervals = Intervals.causal_packed(packed.segments_T)
+        keys = Prefill(cache, intervals, packed.segments_T, packed.positions_T)
+        hidden_TD = self._fold(packed.rows_TD, packed.positions_T, keys)
+        return Writing(cache, packed.lengths, self.device), hidden_TD[packed.last_B]
+
+    def step(self, writing: Writing, rows_BD: Tensor) -> Tensor:
+        """Append one embedded row to every sequence; its trunk row `[B, D]`."""
+        keys = writing.advance()
+        return self._fold(rows_BD, keys.position_B, keys)
+
+    @torch.inference_mode()
+    def text(
+        self, prompts: Sequence[Prompt], new_tokens: int, choose: Choose = greedy
+    ) -> list[list[int]]:
+        """Continue each prompt by at most `new_tokens` ids, the closing </s> included."""
+        writing, hidden_BD = self.start(prompts, new_tokens)
+        written: list[list[int]] = [[] for _ in prompts]
+        for left in range(new_tokens, 0, -1):
+            ids_B = choose(self.head.logits(hidden_BD))
+            for ids, new in zip(written, ids_B.tolist(), strict=True):
+                if not ids or ids[-1] != self.form.eos:
+                    ids.append(new)
+            if left == 1 or all(ids[-1] == self.form.eos for ids in written):
+                break
+            hidden_BD = self.step(writing, self._embed.tokens(ids_B))
+        return written
+
+    @torch.inference_mode()
+    def rollout(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Visual embeddings `[B, Q, D]` of the image that follows each prompt.
+
+        [IMG] is appended; the regression head's output is fed back as it is, Q times.
+        """
+        steps = self.form.visual_tokens
+        opened = [Prompt((*p.tokens, self.form.image_begin), p.pixels) for p in prompts]
+        writing, hidden_BD = self.start(opened, steps)
+        written = [self.head.regressed(hidden_BD)]
+        while len(written) < steps:
+            written.append(self.head.regressed(self.step(writing, written[-1])))
+        return torch.stack(written, 1)
+
+    @torch.inference_mode()
+    def negative_log_likelihoods(
+        self, prompt: Prompt, candidates: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Summed over each candidate's tokens after `prompt`, float32 `[len(candidates)]`.
+
+        The release ranks by this sum over (prompt + candidate - 1) positions, lower is better.
+        """
+        base = self.pack([prompt]).rows_TD
+        rows, labels = [], []
+        for ids in candidates:
+            rows += [base, self._embed.tokens(self._ids(ids))]
+            labels += [[-100] * (len(prompt.tokens) - 1), ids, [-100]]
+        lengths = tuple(len(prompt.tokens) + len(ids) for ids in candidates)
+        packed = self._lay(torch.cat(rows), lengths)
+        labels_T = self._ids([label for part in labels for label in part])
+        loss_T = self.head.cross_entropy(self.head.logits(self.hidden(packed)), labels_T)
+        return torch.stack([part.sum() for part in torch.split(loss_T, list(lengths))])
+
+    @torch.inference_mode()
+    def beam(self, prompt: Prompt, options: Beams) -> list[int]:
+        """The best continuation of one prompt; </s> closes it when it fits."""
+        writing, hidden_BD = self.start([prompt], options.new_tokens)
+        search = BeamSearch(options, self.form.eos)
+        sequence_B = torch.zeros(options.beams, dtype=torch.int64, device=self.device)
+        hidden_BD = hidden_BD[sequence_B]
+        for _ in range(options.new_tokens):
+            came_from, ids = search.extend(self.head.logits(hidden_BD).float().log_softmax(-1))
+            if search.done or search.length > options.new_tokens:
+                break
+            # the first selection also copies the prompt's one row to every beam
+            source = sequence_B if search.length == 2 else self._ids(came_from)
+            writing.select(source)
+            hidden_BD = self.step(writing, self._embed.tokens(self._ids(ids)))
+        return search.best()
+
+    def _fold(self, rows: Tensor, positions: Tensor, keys: object) -> Tensor:
+        flow = Flow(rows, {"positions": positions}, derived={KEYS: keys})
+        for block in self._blocks:
+            flow = block(flow)
+        return flow.hidden
+
+    def _lay(self, rows_TD: Tensor, lengths: tuple[int, ...]) -> Packed:
+        counts = torch.tensor(lengths, device=self.device)
+        segments_T = torch.arange(len(lengths), device=self.device).repeat_interleave(counts)
+        starts_B = counts.cumsum(0) - counts
+        positions_T = torch.arange(len(rows_TD), device=self.device) - starts_B[segments_T]
+        return Packed(rows_TD, positions_T, segments_T, lengths)
+
+    def _ids(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor(list(ids), dtype=torch.int64, device=self.device)
+
+    def _check(self, number: int, prompt: Prompt) -> None:
+        images = 0 if prompt.pixels is None else len(prompt.pixels)
+        slots = prompt.tokens.count(self.form.image_slot)
+        if slots != images * self.form.visual_tokens:
+            raise ContentError(
+                f"prompt {number}: {slots} <image> positions for {images} images; an image takes "
+                f"{self.form.visual_tokens} between [IMG] and [/IMG]"
+            )
+        if not prompt.tokens:
+            raise ContentError(f"prompt {number} is empty; start it with <s> = {self.form.bos}")
+
+
+class BeamSearch:
+    """Hypotheses of one prompt, on the host: what survives a step, what is finished, what wins."""
+
+    def __init__(self, options: Beams, eos: int) -> None:
+        """Start with one live beam: the others are copies of it and must not win a place."""
+        self.options = options
+        self.eos = eos
+        self.ids: list[list[int]] = [[] for _ in range(options.beams)]
+        self.scores = [0.0] + [-1e9] * (options.beams - 1)
+        self.finished: list[tuple[float, list[int]]] = []
+        self.done = False
+
+    @property
+    def length(self) -> int:
+        """Ids of every live beam, the <s> that generation from embeddings seeds included."""
+        return 1 + len(self.ids[0])
+
+    def extend(self, chance_BV: Tensor) -> tuple[list[int], list[int]]:
+        """Take log-probabilities of the next id; each new beam's former beam and its new id."""
+        if self.length < self.options.minimum_length:
+            chance_BV[:, self.eos] = -torch.inf
+        total = (chance_BV + torch.tensor(self.scores, device=chance_BV.device)[:, None]).flatten()
+        # with one end token, twice the beams are enough to refill all of them
+        scores, flat = (x.tolist() for x in total.topk(2 * self.options.beams))
+        live: list[tuple[float, int, int]] = []
+        for rank, (score, index) in enumerate(zip(scores, flat, strict=True)):
+            beam, token = divmod(index, chance_BV.shape[-1])
+            if token != self.eos:
+                live.append((score, beam, token))
+            elif rank < self.options.beams:
+                self._finish(score, self.ids[beam])
+            if len(live) == self.options.beams:
+                break
+        self.ids = [[*self.ids[beam], token] for _, beam, token in live]
+        self.scores = [score for score, _, _ in live]
+        self.done = self._nothing_better(max(scores))
+        return [beam for _, beam, _ in live], [token for _, _, token in live]
+
+    def best(self) -> list[int]:
+        """The winner; open beams compete too, unless the search had decided."""
+        if not self.done:
+            for score, ids in zip(self.scores, self.ids, strict=True):
+                self._finish(score, ids)
+        ids = max(self.finished, key=lambda entry: entry[0])[1]
+        return [*ids, self.eos] if len(ids) < self.options.new_tokens else list(ids)
+
+    def _finish(self, score: float, ids: list[int]) -> None:
+        penalised = score / float(1 + len(ids)) ** self.options.length_penalty
+        self.finished.append((penalised, ids))
+        self.finished.sort(key=lambda entry: entry[0], reverse=True)
+        del self.finished[self.options.beams :]
+
+    def _nothing_better(self, best_score: float) -> bool:
+        if len(self.finished) < self.options.beams:
+            return False
+        attainable = best_score / float(self.length) ** self.options.length_penalty
+        return bool(self.finished[-1][0] >= attainable)

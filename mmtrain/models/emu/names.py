@@ -1,0 +1,140 @@
+"""Names of the Emu release, of its instruct form, and of a Hugging Face LLaMA.
+
+Tables: the state dict of the released classes (baaivision/Emu at 13c395e, transformers 4.31).
+"""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from mmtrain.checkpoint.names import Dropped, Fused, NameMap, Rule, Same
+from mmtrain.errors import ContentError
+
+PEFT_PREFIX = "base_model.model."  # what the LoRA wrapper puts after `decoder.lm.`
+_LORA = re.compile(r"(.+)\.lora_([AB])\.default\.weight")
+
+_ROTARY = (
+    "recomputed in float32: the stored buffer is rounded to bfloat16, and tables made of it are "
+    "off by up to 1.9 within 2,048 positions"
+)
+_DEAD_TOWER = "never used: Emu reads the raw output of the last vision block"
+_DEAD_TABLE = "never used: the T5 stack is fed with the learned queries"
+
+
+def llama_rules(prefix: str) -> tuple[Rule, ...]:
+    """Hugging Face LLaMA names behind `prefix`."""
+    block, ours = f"{prefix}model.layers.*", "blocks.*"
+    return (
+        Same(f"{prefix}model.embed_tokens.weight", "embed.tokens.weight"),
+        Same(f"{block}.input_layernorm.weight", f"{ours}.norm1.weight"),
+        *(
+            Same(f"{block}.self_attn.{name}_proj.weight", f"{ours}.attention.{name}.weight")
+            for name in ("q", "k", "v")
+        ),
+        Same(f"{block}.self_attn.o_proj.weight", f"{ours}.attention.out.weight"),
+        Same(f"{block}.post_attention_layernorm.weight", f"{ours}.norm2.weight"),
+        *(
+            Same(f"{block}.mlp.{name}_proj.weight", f"{ours}.mlp.{name}.weight")
+            for name in ("gate", "up", "down")
+        ),
+        Same(f"{prefix}model.norm.weight", "head.norm.weight"),
+        Same(f"{prefix}lm_head.weight", "head.unembed.weight"),
+        Dropped(f"{block}.self_attn.rotary_emb.inv_freq", _ROTARY),
+    )
+
+
+def vision_rules(prefix: str) -> tuple[Rule, ...]:
+    """EVA-CLIP names behind `prefix` (the same in the EVA release and in Emu)."""
+    block, ours = f"{prefix}blocks.*", "vision.blocks.*"
+    qkv = tuple(f"{ours}.attention.{name}.weight" for name in ("q", "k", "v"))
+    paired = {
+        "norm1": "norm1",
+        "attn.proj": "attention.out",
+        "norm2": "norm2",
+        "mlp.fc1": "mlp.up",
+        "mlp.fc2": "mlp.down",
+    }
+    return (
+        Same(f"{prefix}cls_token", "vision.stem.cls", leading=2),
+        Same(f"{prefix}pos_embed", "vision.stem.position", leading=1),
+        *_weight_and_bias(f"{prefix}patch_embed.proj", "vision.stem.patch"),
+        Fused(f"{block}.attn.qkv.weight", qkv),
+        Same(f"{block}.attn.q_bias", f"{ours}.attention.q.bias"),
+        Same(f"{block}.attn.v_bias", f"{ours}.attention.v.bias"),
+        *(
+            rule
+            for foreign, canonical in paired.items()
+            for rule in _weight_and_bias(f"{block}.{foreign}", f"{ours}.{canonical}")
+        ),
+        *(Dropped(f"{prefix}norm.{leaf}", _DEAD_TOWER) for leaf in ("weight", "bias")),
+        *(Dropped(f"{prefix}head.{leaf}", _DEAD_TOWER) for leaf in ("weight", "bias")),
+    )
+
+
+def causal_rules(prefix: str) -> tuple[Rule, ...]:
+    """Names of the T5 decoder stack behind `prefix`."""
+    stack = f"{prefix}cformer"
+    block, ours = f"{stack}.block.*.layer", "causal.blocks.*"
+    table = "0.SelfAttention.relative_attention_bias.weight"
+    projections = {"q": "q", "k": "k", "v": "v", "o": "out"}
+    return (
+        Same(f"{prefix}causal_tokens", "causal.queries", leading=1),
+        Same(f"{stack}.block.0.layer.{table}", "causal.relative_bias"),
+        *(
+            Same(f"{block}.{theirs}.{short}.weight", f"{ours}.{part}.{name}.weight")
+            for theirs, part in (
+                ("0.SelfAttention", "self_attention"),
+                ("1.EncDecAttention", "cross_attention"),
+            )
+            for short, name in projections.items()
+        ),
+        Same(f"{block}.2.DenseReluDense.wi.weight", f"{ours}.mlp.up.weight"),
+        Same(f"{block}.2.DenseReluDense.wo.weight", f"{ours}.mlp.down.weight"),
+        *(Same(f"{block}.{i}.layer_norm.weight", f"{ours}.norm{i + 1}.weight") for i in range(3)),
+        Same(f"{stack}.final_layer_norm.weight", "causal.norm.weight"),
+        *_weight_and_bias(f"{prefix}projection", "causal.projection"),
+        Dropped(f"{stack}.embed_tokens.weight", _DEAD_TABLE),
+    )
+
+
+def _weight_and_bias(foreign: str, canonical: str) -> tuple[Rule, ...]:
+    return tuple(Same(f"{foreign}.{leaf}", f"{canonical}.{leaf}") for leaf in ("weight", "bias"))
+
+
+RELEASE = NameMap(
+    "the Emu release",
+    (
+        *vision_rules("visual."),
+        *_weight_and_bias("ln_visual", "vision_norm"),
+        *causal_rules("cformer."),
+        *llama_rules("decoder.lm."),
+        Same("decoder.lm.stu_regress_head.weight", "head.regress.weight"),
+    ),
+)
+LLAMA = NameMap("a Hugging Face LLaMA", llama_rules(""))
+
+
+def merge_lora(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Turn the LoRA-wrapped instruct release into the names of the plain one.
+
+    Each adapted weight becomes `W + scale * B A`; the wrapper's prefix is cut out.
+
+    Args:
+        tensors: released names (`decoder.lm.base_model.model...`), the whole state dict.
+        scale: alpha / r of the adapters (16 / 16 in the release).
+
+    Raises:
+        ContentError: half of an adapter, or the weight it adapts, is missing.
+    """
+    adapters: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if hit := _LORA.fullmatch(name):
+            adapters.setdefault(hit[1], {})[hit[2]] = tensor
+    out = {name: tensor for name, tensor in tensors.items() if not _LORA.fullmatch(name)}
+    for name, adapter in adapters.items():
+        weight = f"{name}.weight"
+        if adapter.keys() != {"A", "B"} or weight not in out:
+            raise ContentError(f"{name}: a LoRA adapter needs lora_A, lora_B and {weight}")
+        out[weight] = out[weight] + scale * (adapter["B"] @ adapter["A"])
+    return {name.replace(PEFT_PREFIX, "", 1): tensor for name, tensor in out.items()}
