@@ -5,18 +5,21 @@ that is already in the cache and ends an epoch silently on a bad one (streaming/
 so size and hash of every file are checked here, in every process, before it is opened.
 """
 
+import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from filelock import FileLock
 from streaming.base.hashing import get_hash, is_hash
 from streaming.base.storage.download import CloudDownloader
 
 from mmtrain.errors import ContentError, MissingError, StorageError
+
+HASH = "xxh3_128"  # of files written here: 10 GB/s on one core, 7 ms for a 64 MiB shard
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +76,9 @@ class Folder:
                 raise MissingError(f"{path} is not there; restore it or write the dataset again")
             raise ContentError(f"{path} is damaged: {fault}; restore it or write it again")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # the workers of a host fetch a file once
+        with _locked(
+            path.with_name(f".{path.name}.lock")
+        ):  # the workers of a host fetch a file once
             if not path.is_file() or expected.fault(_read(path)) is not None:
                 self._fetch(expected, path)
         return path
@@ -119,6 +124,14 @@ def safe_name(name: str) -> str:
     if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name:
         raise ContentError(f"file name {name!r} leaves its dataset folder; the index is forged")
     return name
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file; the kernel drops it when the process dies."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _client(source: str) -> Callable[[str, str, float], None]:

@@ -11,13 +11,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from streaming.base.hashing import get_hash
 
+from mmtrain.data.fetch import HASH, ExpectedFile, Folder
 from mmtrain.data.sequence import Modality
-from mmtrain.errors import ContentError
+from mmtrain.errors import ContentError, MissingError
 
 FORMAT = 1  # of the stored arrays
 MANIFEST = "manifest.json"
@@ -140,39 +142,52 @@ def save(lengths: Lengths, folder: Path) -> None:
         "documents": len(lengths),
         "shard_sizes": list(lengths.shard_sizes),
         "kinds": list(lengths.kind_names),
-        "bytes": {name: (folder / f"{name}.npy").stat().st_size for name in _ARRAYS},
+        "files": {f"{name}.npy": _record(folder / f"{name}.npy") for name in _ARRAYS},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def files() -> tuple[str, ...]:
-    """Names of the files of an index folder, the manifest last."""
-    return (*(f"{name}.npy" for name in _ARRAYS), MANIFEST)
+def _record(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    return {"bytes": len(content), HASH: get_hash(HASH, content)}
 
 
-def load(folder: Path, *, fingerprint: str, dataset: str, advice: str) -> Lengths:
-    """Map an index written by `save`; `advice` says how to make it anew.
+def load(folder: Folder, *, fingerprint: str, dataset: str, advice: str) -> Lengths:
+    """Map an index written by `save`, fetched when its folder is remote.
+
+    Args:
+        folder: where the index is or is fetched to.
+        fingerprint: of the tokenizer that is in use.
+        dataset: hash of the shards' `index.json`.
+        advice: how to make the index anew, for messages.
 
     Raises:
+        MissingError: there is no index.
         ContentError: it counts another tokenizer or other shards, or its files are damaged.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        path = folder.ensure(ExpectedFile(MANIFEST))
+    except MissingError as error:
+        raise MissingError(f"{error}: no length index for this tokenizer; {advice}") from error
+    try:
+        manifest = json.loads(path.read_text())
         found = (manifest["format"], manifest["tokenizer"], manifest["dataset"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ContentError(f"{folder / MANIFEST} is damaged ({error}); {advice}") from error
+        records = {name: manifest["files"][f"{name}.npy"] for name in _ARRAYS}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ContentError(f"{path} is damaged ({error!r}); {advice}") from error
     names = ("index format", "tokenizer fingerprint", "hash of index.json")
     for name, has, wants in zip(names, found, (FORMAT, fingerprint, dataset), strict=True):
         if has != wants:
-            raise ContentError(f"{folder} is stale: {name} {has}, expected {wants}; {advice}")
+            raise ContentError(f"{path.parent} is stale: {name} {has}, expected {wants}; {advice}")
     arrays = {}
-    for name in _ARRAYS:
-        path = folder / f"{name}.npy"
-        size = path.stat().st_size if path.is_file() else 0
-        if size != manifest["bytes"][name]:
-            raise ContentError(
-                f"{path} holds {size} bytes, expected {manifest['bytes'][name]}; {advice}"
-            )
-        arrays[name] = np.load(path, mmap_mode="r" if size > 1 << 20 else None, allow_pickle=False)
+    for name, record in records.items():
+        expected = ExpectedFile(f"{name}.npy", record["bytes"], {HASH: record[HASH]})
+        try:
+            path = folder.ensure(expected)
+        except ContentError as error:
+            raise ContentError(f"{error}; {advice}") from error
+        # small arrays are read whole: a run may outlive the folder it was started from
+        mapping: Literal["r"] | None = "r" if record["bytes"] > 1 << 20 else None
+        arrays[name] = np.load(path, mmap_mode=mapping, allow_pickle=False)
     sizes, kinds = tuple(manifest["shard_sizes"]), tuple(manifest["kinds"])
     return Lengths(fingerprint, dataset, sizes, kinds, arrays)

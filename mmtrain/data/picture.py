@@ -1,0 +1,108 @@
+"""A pack as a picture: each document a row of its images and words, in the order of training.
+
+For TensorBoard and for looking at data before training on it. What is drawn is read back from
+the batch, so a wrong slot, a lost image or a cut in the wrong place is seen.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from mmtrain.data.batch import Batch
+from mmtrain.data.images import to_picture
+from mmtrain.data.tokens import SequenceFormat
+from mmtrain.data.vocabulary import Vocabulary
+
+_TEXT_SIZE = 13
+_GAP = 6
+_PAPER, _INK, _RULE = (255, 255, 255), (20, 20, 20), (190, 190, 190)
+
+
+def draw_pack(
+    batch: Batch,
+    vocabulary: Vocabulary,
+    layout: SequenceFormat,
+    *,
+    width: int = 900,
+    thumbnail: int = 64,
+    documents: int = 24,
+) -> Image.Image:
+    """Draw the first documents of a micro-batch.
+
+    Args:
+        batch: as made by `Assembler`, with pixels.
+        vocabulary: decodes the text.
+        layout: special ids and normalisation of the pixels.
+        width: of the picture, pixels.
+        thumbnail: side of an image, pixels.
+        documents: how many are drawn at most.
+
+    Returns:
+        An RGB picture; its height follows from what is drawn.
+    """
+    font = ImageFont.load_default(_TEXT_SIZE)
+    rows = []
+    for content in list(contents(batch, vocabulary, layout))[:documents]:
+        rows.append(_draw_document(content, font, width - 2 * _GAP, thumbnail))
+    height = sum(row.height + 2 * _GAP for row in rows) + _GAP
+    page = Image.new("RGB", (width, max(height, _TEXT_SIZE)), _PAPER)
+    pen, top = ImageDraw.Draw(page), _GAP
+    for row in rows:
+        page.paste(row, (_GAP, top))
+        top += row.height + _GAP
+        pen.line((0, top, width, top), fill=_RULE)
+        top += _GAP
+    return page
+
+
+def contents(
+    batch: Batch, vocabulary: Vocabulary, layout: SequenceFormat
+) -> Iterator[list[str | Image.Image]]:
+    """Text and images of every document of a batch, in order."""
+    fields = {name: field.tolist() for name, field in batch.inputs.fields.items()}
+    slots = fields["slots"][:: layout.visual_tokens]
+    image_of = {row: index for index, row in enumerate(slots) if row < len(fields["tokens"])}
+    content: list[str | Image.Image] = []
+    words: list[int] = []
+    for row, token in enumerate(fields["tokens"]):
+        if token in (layout.image_slot, layout.image_end, layout.bos):
+            continue
+        if token == layout.image_begin or token == layout.eos:
+            if words:
+                content.append(vocabulary.decode(words))
+            words = []
+            if token == layout.eos:
+                yield content
+                content = []
+            else:
+                content.append(to_picture(batch.inputs.hidden[image_of[row + 1]], layout))
+        elif token != layout.pad:
+            words.append(token)
+
+
+def _draw_document(
+    content: Sequence[str | Image.Image],
+    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+    width: int,
+    thumbnail: int,
+) -> Image.Image:
+    """Flow words and thumbnails from left to right, line by line."""
+    line = thumbnail + _GAP
+    places: list[tuple[float, int, str | Image.Image]] = []
+    left, top, tall = 0.0, 0, False
+    for item in content:
+        for piece in item.split(" ") if isinstance(item, str) else [item]:
+            size = font.getlength(piece + " ") if isinstance(piece, str) else thumbnail + _GAP
+            if left + size > width and left:
+                left, top, tall = 0.0, top + (line if tall else _TEXT_SIZE + 4), False
+            places.append((left, top, piece))
+            left += size
+            tall = tall or not isinstance(piece, str)
+    row = Image.new("RGB", (width, top + (thumbnail if tall else _TEXT_SIZE + 4)), _PAPER)
+    pen = ImageDraw.Draw(row)
+    for left, top, piece in places:
+        if isinstance(piece, str):
+            pen.text((left, top), piece, fill=_INK, font=font)
+        else:
+            row.paste(piece.resize((thumbnail, thumbnail)), (int(left), top))
+    return row

@@ -1,0 +1,66 @@
+"""Video files to frames, while ingesting; training reads stored frames as images.
+
+Decoding at training time would need a video library in every worker and seconds a clip, so clips
+are stored as encoded frames (`Part.media` of a video part). Needs the extra `mmtrain[video]`.
+"""
+
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from mmtrain.data.rules import spaced
+from mmtrain.errors import ContentError, MissingError
+
+try:
+    import av
+except ImportError:  # the extra is optional; read_frames says how to get it
+    av = None
+
+
+def read_frames(
+    path: Path, frames: int, *, longest_side: int = 336, quality: int = 95
+) -> list[bytes]:
+    """Evenly spaced frames of a video file, the first and the last included.
+
+    Args:
+        path: any container that FFmpeg reads.
+        frames: how many at most.
+        longest_side: pixels; larger frames are made smaller, aspect kept.
+        quality: of the JPEG.
+
+    Returns:
+        JPEG bytes in order of time.
+
+    Raises:
+        MissingError: PyAV or the file is not there.
+        ContentError: the file holds no video that can be decoded.
+    """
+    if av is None:
+        raise MissingError("reading video files needs PyAV: pip install 'mmtrain[video]'")
+    if not path.is_file():
+        raise MissingError(f"{path} is not there")
+    try:
+        with av.open(str(path)) as container:
+            # counted by decoding: packet counts of broken and variable-rate files lie
+            count = sum(1 for _ in container.decode(video=0))
+        wanted = set(spaced(count, frames))
+        with av.open(str(path)) as container:
+            chosen = [
+                _jpeg(frame.to_image(), longest_side, quality)
+                for index, frame in enumerate(container.decode(video=0))
+                if index in wanted
+            ]
+    except (av.error.FFmpegError, IndexError, ValueError) as error:
+        raise ContentError(f"{path} cannot be decoded as video: {error}") from error
+    if not chosen:
+        raise ContentError(f"{path} holds no frame")
+    return chosen
+
+
+def _jpeg(picture: Image.Image, longest_side: int, quality: int) -> bytes:
+    picture = picture.convert("RGB")
+    picture.thumbnail((longest_side, longest_side), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
