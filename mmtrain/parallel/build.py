@@ -17,6 +17,7 @@ import deepspeed
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -71,9 +72,7 @@ class Construction:
             sum_partial_gradients(module, name, self.plan, ranks)
         if self.recomputed(name):
             module = Recomputed(module)
-        if self.partition:
-            deepspeed.zero.Init(module=module, data_parallel_group=mesh.data_group)
-        return module
+        return Partitioned(module, mesh) if self.partition else module
 
 
 class Recomputed(nn.Module):
@@ -90,11 +89,48 @@ class Recomputed(nn.Module):
         return out
 
 
+class Partitioned(nn.Module):
+    """A layer whose weights are partitioned over the data ranks (ZeRO-3), gathered as one.
+
+    DeepSpeed's hooks see tensors, tuples and dictionaries only: a layer that takes and gives a
+    `Flow` would not get its own parameters back for the backward pass (parameter_offload.py,
+    `apply_to_tensors_only`, 0.19.8). So the hidden states pass beside the flow, and the layer is
+    a ZeRO-3 leaf: one gather brings all its weights.
+    """
+
+    def __init__(self, layer: nn.Module, mesh: Mesh) -> None:
+        """Wrap `layer` and partition its parameters at once."""
+        super().__init__()
+        self.layer = layer
+        self.is_trained = any(parameter.requires_grad for parameter in layer.parameters())
+        deepspeed.zero.Init(module=layer, data_parallel_group=mesh.data_group)
+        set_z3_leaf_module(self, True)
+
+    def forward(self, hidden: Tensor, flow: Flow) -> Any:
+        """Tensors beside the flow, for DeepSpeed's hooks."""
+        out = self.layer(flow.with_hidden(hidden))
+        return (out.hidden, out) if isinstance(out, Flow) else out
+
+
+def run_layer(layer: nn.Module, flow: Flow) -> Any:
+    """One layer of the fold: a flow, or the last layer's losses."""
+    if not isinstance(layer, Partitioned):
+        return layer(flow)
+    hidden = flow.hidden
+    if torch.is_grad_enabled() and not hidden.requires_grad and layer.is_trained:
+        # a leaf's gradients are collected in a full backward hook, which fires too early (before
+        # the weights' gradients) when no input wants one: stage3.py reduce_leaf_module_grads
+        hidden = hidden.detach().requires_grad_()
+    out = layer(hidden, flow)
+    return out[1].with_hidden(out[0]) if isinstance(out, tuple) else out
+
+
 def canonical_parameters(layers: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Parameter]]:
     """(canonical name, parameter) of built layers; wrappers leave no trace in a name."""
     for name, module in layers:
-        inner = module.layer if isinstance(module, Recomputed) else module
-        for local, parameter in inner.named_parameters():
+        while isinstance(module, Partitioned | Recomputed):
+            module = module.layer
+        for local, parameter in module.named_parameters():
             yield f"{name}.{local}", parameter
 
 
@@ -114,7 +150,7 @@ class Fold(nn.Module):
     def forward(self, flow: Any) -> Any:
         """Input flow to `{loss name: values}`."""
         for layer in self.layers:
-            flow = layer(flow)
+            flow = run_layer(layer, flow)
         return flow
 
 

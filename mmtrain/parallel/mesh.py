@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -158,6 +159,11 @@ def open_mesh(dims: ParallelDims, timeout_seconds: float) -> Iterator[Mesh]:
         "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)
     )
     try:
+        if not cuda:
+            # DeepSpeed would compile a shared-memory extension (84 s, and a stale lock of a killed
+            # build hangs every later start); gloo serves without it
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(verbose=False)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=dims.tensor,
             pipeline_model_parallel_size=dims.pipeline,

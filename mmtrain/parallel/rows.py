@@ -1,4 +1,4 @@
-"""Rows over the tensor ranks: gather, split and reduce-scatter with their gradients.
+"""Collectives over the tensor ranks with their gradients: gather, split, reduce-scatter.
 
 Sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198) keeps norms and residuals of the
 trunk on T / n rows. Own functions because Megatron-core 0.16.1 allocates the results of its
@@ -61,6 +61,23 @@ class _SplitRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return _gather(gradients[0], ctx.group), None
+
+
+class _GatherFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _gather(part.movedim(-1, 0), group).movedim(0, -1).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].chunk(ctx.group.size(), -1)[ctx.group.rank()].contiguous(), None
+
+
+def gather_features(part: Tensor, group: Group) -> Tensor:
+    """`[..., D / n]` -> `[..., D]`, used alike on every rank: each keeps its part of the gradient."""
+    out: Tensor = _GatherFeatures.apply(part, group)  # type: ignore[no-untyped-call]
+    return out
 
 
 def gather_rows(part: Tensor, group: Group) -> Tensor:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from mmtrain.layout.plan import Cut, Slice, TensorPlan
 from mmtrain.nn.init import take_slice
-from mmtrain.parallel.rows import gather_rows, reduce_scatter_rows, split_rows
+from mmtrain.nn.objectives import IGNORED
+from mmtrain.parallel.rows import gather_features, gather_rows, reduce_scatter_rows, split_rows
 
 Initial = Callable[[str, tuple[int, ...]], Tensor]  # (name, full shape) -> full tensor
 
@@ -58,7 +59,7 @@ def _config(count: int) -> ModelParallelConfig:
 class Column(ColumnParallelLinear):  # type: ignore[misc]
     """Output features are split; the ENTER module before it sums the input's gradient."""
 
-    def __init__(self, plain: nn.Linear, ranks: TensorRanks, outputs: int, gather: bool) -> None:
+    def __init__(self, plain: nn.Linear, ranks: TensorRanks, outputs: int) -> None:
         """Take the sizes of `plain`, with `outputs` (padded) rows."""
         super().__init__(
             plain.in_features,
@@ -66,15 +67,23 @@ class Column(ColumnParallelLinear):  # type: ignore[misc]
             config=_config(ranks.count),
             init_method=lambda weight: weight,
             bias=plain.bias is not None,
-            gather_output=gather,
+            gather_output=False,
             disable_grad_reduce=True,
             tp_group=ranks.group,
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in] -> [..., out / n]`, or `[..., out]` when gathered."""
+        """`[..., in] -> [..., out / n]`."""
         out: Tensor = super().forward(x)[0]
         return out
+
+
+class ColumnGathered(Column):
+    """COLUMN with its output gathered to full width on every rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in] -> [..., out]`."""
+        return gather_features(super().forward(x), self.tp_group)
 
 
 class VocabColumn(Column):
@@ -83,7 +92,7 @@ class VocabColumn(Column):
     def __init__(self, plain: nn.Linear, ranks: TensorRanks) -> None:
         """Pad the vocabulary to a multiple of the ranks."""
         local = Slice(0, padded=True).local_length(plain.out_features, ranks.count)
-        super().__init__(plain, ranks, local * ranks.count, gather=False)
+        super().__init__(plain, ranks, local * ranks.count)
         self.valid = max(0, min(local, plain.out_features - ranks.rank * local))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,15 +160,10 @@ class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
 class VocabCrossEntropy(nn.Module):
     """Token cross-entropy over logits whose vocabulary is split."""
 
-    def __init__(self, ignore_index: int, group: dist.ProcessGroup) -> None:
-        """Labels equal to `ignore_index` give 0."""
-        super().__init__()
-        self.ignore_index = ignore_index
-        self.group = group
 
     def forward(self, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-        """`[T, V / n]`, `[T]` -> float32 `[T]`."""
-        ignored = labels_T == self.ignore_index
+        """`[T, V / n]`, `[T]` -> float32 `[T]`, 0 where the label is ignored."""
+        ignored = labels_T == IGNORED
         # clone: Megatron-core subtracts the maximum in place, also from float32 input
         losses: Tensor = vocab_parallel_cross_entropy(
             logits_TV.float().clone(), labels_T.masked_fill(ignored, 0)
@@ -201,9 +205,9 @@ def _replacement(cut: Cut, plain: nn.Module, ranks: TensorRanks) -> nn.Module:
     """The parallel module that stands for `plain`."""
     match cut, plain:
         case Cut.COLUMN, nn.Linear():
-            return Column(plain, ranks, plain.out_features, gather=False)
+            return Column(plain, ranks, plain.out_features)
         case Cut.COLUMN_GATHERED, nn.Linear():
-            return Column(plain, ranks, plain.out_features, gather=True)
+            return ColumnGathered(plain, ranks, plain.out_features)
         case Cut.VOCAB_COLUMN, nn.Linear():
             return VocabColumn(plain, ranks)
         case Cut.ROW, nn.Linear():
@@ -213,7 +217,7 @@ def _replacement(cut: Cut, plain: nn.Module, ranks: TensorRanks) -> nn.Module:
         case Cut.VOCAB, nn.Embedding():
             return VocabEmbedding(plain, ranks)
         case Cut.VOCAB_LOSS, _:
-            return VocabCrossEntropy(int(plain.ignore_index), ranks.group)  # type: ignore[arg-type]
+            return VocabCrossEntropy()
         case Cut.ENTER, nn.Identity():
             return Enter(ranks)
         case Cut.ENTER_ROWS, nn.Identity():

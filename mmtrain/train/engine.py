@@ -73,8 +73,8 @@ class Engine(Protocol):
     def train_step(self, batches: Sequence[Batch] | None, rates: float) -> StepReport:
         """One optimizer step; `batches` is None on stages that read no data."""
 
-    def evaluate(self, batches: Sequence[Batch] | None) -> "Tally":
-        """Losses of micro-batches without training."""
+    def evaluate(self, batches: Sequence[Batch] | None, micro_batches: int) -> "Tally":
+        """Losses of `micro_batches` micro-batches of each data rank, without training."""
 
 
 class Tally:
@@ -256,9 +256,9 @@ class FoldEngine(_Base):
             self.deepspeed.step()
         return self.report(started, self.norms)
 
-    def evaluate(self, batches: Sequence[Batch] | None) -> Tally:
+    def evaluate(self, batches: Sequence[Batch] | None, micro_batches: int) -> Tally:
         """Losses of micro-batches without training, summed over all ranks."""
-        assert batches is not None
+        assert batches is not None and len(batches) == micro_batches
         self.new_tally(batches)
         self.deepspeed.eval()
         with torch.no_grad():
@@ -312,7 +312,7 @@ class StageEngine(_Base):
         self.deepspeed.train_batch(self._pairs(batches, targets))
         return self.report(started, self.norms)
 
-    def evaluate(self, batches: Sequence[Batch] | None) -> Tally:
+    def evaluate(self, batches: Sequence[Batch] | None, micro_batches: int) -> Tally:
         """Losses of micro-batches without training, summed over all ranks."""
         self.new_tally(batches)
         device = self.mesh.device
@@ -323,14 +323,8 @@ class StageEngine(_Base):
             )
             for b in batches or ()
         ]
-        count = torch.tensor([len(batches or ())], dtype=torch.float64)
-        micro_batches = int(self.mesh.sum_over_world(count)[0]) // self._readers()
         self.deepspeed.eval_batch(
             self._pairs(batches, targets), num_micro_batches=micro_batches, compute_loss=True
         )
         self.tally.sum_over_world(self.mesh)
         return self.tally
-
-    def _readers(self) -> int:
-        """Number of ranks that read data: those of the first and the last stage."""
-        return 2 * self.mesh.dims.data * self.mesh.dims.tensor

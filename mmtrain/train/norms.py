@@ -32,6 +32,7 @@ class GradientNorms:
         self.wanted = False
         self.by_layer: dict[str, float] = {}
         self._own_total = 0.0
+        self._measured = False  # by_layer is already that of the coming step
         self._step = engine.optimizer.step
         engine.optimizer.step = self._measured_step
 
@@ -42,17 +43,24 @@ class GradientNorms:
         return self._own_total if reported is None else float(reported)
 
     def _measured_step(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._measured:
+            self._measure_layers()
+        self._measured = False
+        return self._step(*args, **kwargs)
+
+    def _measure_layers(self) -> None:
         self.by_layer = {}
         if self.wanted:
             squares = self._squares()
             self.by_layer = {name: value**0.5 for name, value in squares.items()}
-        return self._step(*args, **kwargs)
 
     def measure_whole(self) -> None:
         """Global norm of whole (not partitioned) gradients; ZeRO stage 0 before it clips."""
         square = sum((self._square(p, p.grad) for p in self.engine.module.parameters()), 0.0)
         share = torch.tensor([square / self.mesh.dims.data], dtype=torch.float64)
         self._own_total = float(self.mesh.sum_over_world(share)[0]) ** 0.5
+        self._measure_layers()
+        self._measured = True
 
     def _square(self, parameter: Tensor, gradient: Tensor | None) -> float:
         """Squared norm, counted on one tensor rank only when every rank holds it whole."""

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmtrain.layout.plan import compile_pattern
-from mmtrain.recipe import Decay, Implementation, OptimizerConfig, ScheduleConfig
+from mmtrain.layout.names import deciding
+from mmtrain.settings import Decay, Implementation, OptimizerConfig, ScheduleConfig
+
+_DEFAULT = "default"  # label of parameters no pattern of `learning_rates` names
 
 
 @dataclass(frozen=True)
@@ -34,26 +36,15 @@ def group_of(name: str, dims: int, config: OptimizerConfig) -> Group:
         dims: number of dims of the full tensor; vectors are never decayed.
         config: the recipe's optimizer section.
     """
-    label, rate = "default", config.learning_rate
-    for pattern, value in config.learning_rates.items():
-        if matches(pattern, name):
-            label, rate = pattern, value
-            break
-    still = dims < 2 or any(matches(pattern, name) for pattern in config.no_decay)
-    decay = 0.0 if still else config.weight_decay
-    return Group(label, rate, decay)
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether `pattern` names the parameter or a module above it: `vision` takes `vision.stem.x`."""
-    compiled = compile_pattern(pattern)
-    parts = name.split(".")
-    return any(compiled.fullmatch(".".join(parts[:n])) for n in range(1, len(parts) + 1))
+    label = deciding(config.learning_rates, name)
+    rate = config.learning_rate if label is None else config.learning_rates[label]
+    still = dims < 2 or deciding(config.no_decay, name) is not None
+    return Group(label or _DEFAULT, rate, 0.0 if still else config.weight_decay)
 
 
 def all_groups(config: OptimizerConfig) -> list[Group]:
     """Every group a recipe can give, in a fixed order that all pipeline stages share."""
-    rates = [("default", config.learning_rate), *config.learning_rates.items()]
+    rates = [(_DEFAULT, config.learning_rate), *config.learning_rates.items()]
     return [
         Group(label, rate, decay)
         for label, rate in rates

@@ -1,0 +1,100 @@
+"""The training loop: a paragraph, no callbacks."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+from PIL.Image import Image
+
+from mmtrain.data.batch import Batch
+from mmtrain.log import LOG
+from mmtrain.settings import LogConfig, SaveConfig, ScheduleConfig, ValidateConfig
+from mmtrain.train.engine import Engine
+from mmtrain.train.metrics import Reporter
+from mmtrain.train.optim import rate_factor
+from mmtrain.train.state import TrainState
+
+Step = Sequence[Batch]  # micro-batches of one optimizer step on one data rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """When the loop does what."""
+
+    steps: int
+    schedule: ScheduleConfig
+    log: LogConfig
+    validate: ValidateConfig
+    saving: SaveConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the loop works with on this rank.
+
+    Attributes:
+        engine: makes optimizer steps.
+        batches: steps of this data rank from `state.step` on; None where no data is read.
+        heldout: held-out micro-batches of this data rank, the same at every call; None where no
+            data is read.
+        heldout_count: number of held-out micro-batches of every data rank.
+        heldout_names: names of the held-out sources, by index.
+        reporter: on rank 0.
+        draw: draws a step's packs as one picture (rank 0).
+        save: commits a checkpoint of a state; a collective.
+    """
+
+    engine: Engine
+    batches: Iterator[Step] | None
+    heldout: Callable[[], Sequence[Batch]] | None
+    heldout_count: int
+    heldout_names: list[str]
+    reporter: Reporter | None
+    draw: Callable[[Step], Image] | None
+    save: Callable[[TrainState], Path]
+
+
+def run(parts: Parts, plan: Plan, state: TrainState) -> TrainState:
+    """Train from `state.step` to the last step.
+
+    Every rank calls it; saving and validating are collectives and happen at the same steps.
+    """
+    engine, reporter = parts.engine, parts.reporter
+    saved = state.step
+    while state.step < plan.steps:
+        asked = perf_counter()
+        batches = next(parts.batches) if parts.batches is not None else None
+        waited = perf_counter() - asked
+        number = state.step + 1
+        engine.norms.wanted = _due(number, plan.log.modules_every_steps)
+        factor = rate_factor(state.step, plan.steps, plan.schedule)
+        report = engine.train_step(batches, factor)
+        report = replace(report, seconds=report.seconds + waited, data_seconds=waited)
+        state.advance(report)
+        if reporter is not None:
+            rates = {g["label"]: g["lr"] for g in engine.deepspeed.optimizer.param_groups}
+            reporter.step(number, report, rates, plan.log.every_steps)
+            if parts.draw is not None and _due(number, plan.log.images_every_steps) and batches:
+                reporter.picture(number, "packs", parts.draw(batches))
+        if parts.heldout_count and _due(number, plan.validate.every_steps):
+            validate(parts, number)
+        if _due(number, plan.saving.every_steps):
+            parts.save(state)
+            saved = number
+    if saved != state.step:
+        parts.save(state)
+    return state
+
+
+def validate(parts: Parts, step: int) -> None:
+    """Held-out losses by source; a collective."""
+    batches = parts.heldout() if parts.heldout is not None else None
+    tally = parts.engine.evaluate(batches, parts.heldout_count)
+    if parts.reporter is not None:
+        parts.reporter.heldout(step, tally.by_source(), parts.heldout_names)
+    LOG.debug("step %d: %d held-out micro-batches", step, parts.heldout_count)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
