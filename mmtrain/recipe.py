@@ -10,6 +10,7 @@ All faults are reported at once, as one `RecipeError`, before anything is writte
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,10 @@ def examine(
     if found and not layers:
         return Examined(None, tuple(found))
     layers += _parsed(overrides, found)
-    written = OmegaConf.merge(*layers)
-    assert isinstance(written, DictConfig)
+    written: dict[str, Any] = reduce(_merge, layers, {})
     spec = _family(written, found)
     types: dict[str, Any] = {"model": spec.config_type} if spec else {}
-    plain = _resolved(OmegaConf.merge(_defaults(spec), written), "", found)
+    plain = _resolved(OmegaConf.create(_merge(_defaults(spec), written)), "", found)
     reader = Reader(types, dotted_keys(Recipe, types), found, {p.place for p in found})
     recipe = reader.read(Recipe, plain, "")
     if spec is None or not isinstance(recipe, Recipe):
@@ -95,7 +95,7 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(to_plain(recipe), sort_keys=False, allow_unicode=True)
 
 
-def _chain(path: Path, found: list[Problem], above: tuple[Path, ...] = ()) -> list[DictConfig]:
+def _chain(path: Path, found: list[Problem], above: tuple[Path, ...] = ()) -> list[Any]:
     """The recipe and its bases, the farthest base first."""
     path = path.resolve()
     if path in above:
@@ -114,16 +114,17 @@ def _chain(path: Path, found: list[Problem], above: tuple[Path, ...] = ()) -> li
     if not isinstance(content, DictConfig):
         found.append(Problem(str(path), "holds a list; wanted: a table of keys"))
         return []
-    base = content.pop(BASE, None)
+    own: dict[str, Any] = _plain(content)
+    base = own.pop(BASE, None)
     if base is None:
-        return [content]
+        return [own]
     if not isinstance(base, str):
         found.append(Problem(f"{path} {BASE}", f"found {base!r}; wanted: the path of one recipe"))
-        return [content]
-    return [*_chain(path.parent / base, found, (*above, path)), content]
+        return [own]
+    return [*_chain(path.parent / base, found, (*above, path)), own]
 
 
-def _parsed(overrides: Iterable[str], found: list[Problem]) -> list[DictConfig]:
+def _parsed(overrides: Iterable[str], found: list[Problem]) -> list[Any]:
     out = []
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -132,28 +133,40 @@ def _parsed(overrides: Iterable[str], found: list[Problem]) -> list[DictConfig]:
             found.append(Problem(f"override {override!r}", text))
             continue
         try:
-            out.append(OmegaConf.from_dotlist([override]))
+            out.append(_plain(OmegaConf.from_dotlist([override])))
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             found.append(Problem(f"override {override!r}", _one_line(error)))
     return out
 
 
-def _family(written: DictConfig, found: list[Problem]) -> ModelSpec | None:
-    name = OmegaConf.to_container(written).get("family", Recipe.family)  # type: ignore[union-attr]
+def _family(written: Mapping[str, Any], found: list[Problem]) -> ModelSpec | None:
+    name = str(written.get("family", Recipe.family))
     if name in FAMILIES:
         return FAMILIES[name]
-    near = suggestion(str(name), list(FAMILIES))
+    near = suggestion(name, list(FAMILIES))
     allowed = ", ".join(FAMILIES)
     found.append(Problem("family", f"there is no family {name!r}{near}; allowed: {allowed}"))
     return None
 
 
-def _defaults(spec: ModelSpec | None) -> DictConfig:
+def _defaults(spec: ModelSpec | None) -> Any:
     """What a recipe may leave out, so that `${...}` can point at it."""
-    defaults: DictConfig = OmegaConf.create(
-        to_plain(Recipe(model=spec.config_type() if spec else {}))
-    )
-    return defaults
+    return to_plain(Recipe(model=spec.config_type() if spec else {}))
+
+
+def _merge(under: Any, over: Any) -> Any:
+    """Tables add up, key by key; anything else is replaced, also by a value of another kind.
+
+    OmegaConf's own merge raises on a list where a table stands, which is a fault to be collected.
+    """
+    if not isinstance(under, Mapping) or not isinstance(over, Mapping):
+        return over
+    added = {key: _merge(under[key], over[key]) if key in under else over[key] for key in over}
+    return {**under, **added}
+
+
+def _plain(config: DictConfig | ListConfig) -> Any:
+    return OmegaConf.to_container(config, resolve=False)
 
 
 def _resolved(node: Any, place: str, found: list[Problem]) -> Any:
@@ -167,9 +180,8 @@ def _resolved(node: Any, place: str, found: list[Problem]) -> Any:
         try:
             plain[key] = MISSING if OmegaConf.is_missing(node, key) else node[key]
         except OmegaConfBaseException as error:
-            raw = OmegaConf.to_container(node, resolve=False)
-            assert isinstance(raw, (Mapping, list))
-            found.append(Problem(where, f"cannot resolve {raw[key]!r}: {_one_line(error)}"))
+            text = f"cannot resolve {_plain(node)[key]!r}: {_one_line(error)}"
+            found.append(Problem(where, text))
             continue
         plain[key] = _resolved(plain[key], where, found)
     return plain if isinstance(node, DictConfig) else list(plain.values())
