@@ -17,7 +17,6 @@ import deepspeed
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -90,38 +89,35 @@ class Recomputed(nn.Module):
 
 
 class Partitioned(nn.Module):
-    """A layer whose weights are partitioned over the data ranks (ZeRO-3), gathered as one.
+    """A layer whose weights are partitioned over the data ranks (ZeRO-3).
 
-    DeepSpeed's hooks see tensors, tuples and dictionaries only: a layer that takes and gives a
-    `Flow` would not get its own parameters back for the backward pass (parameter_offload.py,
-    `apply_to_tensors_only`, 0.19.8). So the hidden states pass beside the flow, and the layer is
-    a ZeRO-3 leaf: one gather brings all its weights.
+    DeepSpeed's hooks see tensors, tuples and dictionaries only (parameter_offload.py,
+    `apply_to_tensors_only`, 0.19.8): a layer that takes and gives a `Flow` would not get the
+    parameters that it owns directly back for the backward pass. So they are external parameters
+    of this wrapper, whose output shows the hidden states beside the flow. Its input shows none:
+    they would be released when the input's gradient is there, which for learned queries is too
+    early. What stays gathered until the step ends is small (positions, queries, one norm).
+    ZeRO-3 "leaf" modules are no way out: their gradients are collected just as early, and lost.
     """
 
     def __init__(self, layer: nn.Module, mesh: Mesh) -> None:
         """Wrap `layer` and partition its parameters at once."""
         super().__init__()
         self.layer = layer
-        self.is_trained = any(parameter.requires_grad for parameter in layer.parameters())
         deepspeed.zero.Init(module=layer, data_parallel_group=mesh.data_group)
-        set_z3_leaf_module(self, True)
+        inner = layer.layer if isinstance(layer, Recomputed) else layer
+        for parameter in inner.parameters(recurse=False):
+            deepspeed.zero.register_external_parameter(self, parameter)
 
-    def forward(self, hidden: Tensor, flow: Flow) -> Any:
-        """Tensors beside the flow, for DeepSpeed's hooks."""
-        out = self.layer(flow.with_hidden(hidden))
+    def forward(self, flow: Flow) -> Any:
+        """A flow with its hidden states beside it, or the last layer's losses."""
+        out = self.layer(flow)
         return (out.hidden, out) if isinstance(out, Flow) else out
 
 
 def run_layer(layer: nn.Module, flow: Flow) -> Any:
     """One layer of the fold: a flow, or the last layer's losses."""
-    if not isinstance(layer, Partitioned):
-        return layer(flow)
-    hidden = flow.hidden
-    if torch.is_grad_enabled() and not hidden.requires_grad and layer.is_trained:
-        # a leaf's gradients are collected in a full backward hook, which fires too early (before
-        # the weights' gradients) when no input wants one: stage3.py reduce_leaf_module_grads
-        hidden = hidden.detach().requires_grad_()
-    out = layer(hidden, flow)
+    out = layer(flow)
     return out[1].with_hidden(out[0]) if isinstance(out, tuple) else out
 
 
