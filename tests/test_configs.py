@@ -1,0 +1,107 @@
+"""Every recipe that comes with the project is sound, and its size is known exactly."""
+
+from pathlib import Path
+
+import pytest
+
+from mmtrain.facts import collect, plan
+from mmtrain.models.census import count_by_part
+from mmtrain.recipe import examine
+from mmtrain.settings import Decay, Precision, Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted(ROOT.joinpath("configs").rglob("*.yaml"))
+
+# exact parameter counts; a new recipe adds its own
+COUNTS = {
+    "emu/tiny": 119_808,
+    "emu/demo": 1_628_160,
+    "emu/25m": 25_211_136,
+    "emu/100m_pretrain": 107_569_920,
+    "emu/7b_pretrain": 7_894_617_600,
+    "emu/14b_pretrain": 14_182_299_136,
+}
+
+
+def read(name: str) -> Recipe:
+    recipe = examine(ROOT / "configs" / f"{name}.yaml").recipe
+    assert recipe is not None
+    return recipe
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_lacks_nothing_but_its_data(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = examine(path)
+    assert seen.faults == ()
+    assert all(problem.place.startswith("data.") for problem in seen.missing)
+    assert seen.recipe is not None
+    numbers = collect(seen.recipe).numbers
+    name = str(path.relative_to(ROOT / "configs").with_suffix(""))
+    with capsys.disabled():
+        print(f"\n{name}: {numbers:,} parameters", end=" ")
+    assert numbers == COUNTS[name]
+
+
+def test_14b_has_the_sizes_of_the_release_less_what_nothing_uses() -> None:
+    facts = collect(read("emu/14b_pretrain"))
+    # stored numbers and tensors of the released pretrain model, by part
+    visual, ln_visual = 1_012_588_928, 2_816
+    cformer, decoder, rotary = 153_707_648, 13_042_119_680, 40 * 64
+    assert visual + ln_visual + cformer + decoder + rotary == 14_208_421_632
+    # what is stored but never used: the tower's final norm and its head, a T5 embedding table
+    norm, head, table = 2 * 1408, 1024 * 1408 + 1024, 32128 * 768
+    parts = count_by_part(facts.census)
+    assert parts["vision"] == visual - norm - head
+    assert parts["vision_norm"] == ln_visual
+    assert parts["causal"] == cformer - table
+    assert parts["embed"] + parts["blocks"] + parts["head"] == decoder
+    assert facts.numbers == 14_208_421_632 - rotary - norm - head - table
+    # 1,096 tensors less 40 rotary buffers are 1,056; less norm, head (2 each) and the table;
+    # the fused qkv of 40 blocks is three tensors here
+    tensors = sum(len(layer.shapes) for layer in facts.census)
+    assert tensors == 1_096 - 40 - 5 + 40 * 2
+
+
+def test_14b_has_the_published_hyper_parameters() -> None:
+    recipe = read("emu/14b_pretrain")
+    optimizer = recipe.optimizer
+    assert optimizer.learning_rate == 3e-5
+    assert optimizer.learning_rates["vision"] == 4e-5
+    assert optimizer.learning_rates["causal"] == 1e-4
+    assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.98, 1e-6)
+    assert optimizer.weight_decay == 0.05
+    assert (recipe.train.steps, recipe.schedule.warmup_steps) == (10_000, 2_000)
+    assert recipe.schedule.decay is Decay.cosine
+    assert recipe.train.precision is Precision.bf16
+    assert recipe.model.vision.image_size == 224
+
+
+def test_a_small_rate_means_the_same_part_in_every_size() -> None:
+    large, small = (read(f"emu/{size}_pretrain").optimizer for size in ("14b", "100m"))
+    for part, rate in large.learning_rates.items():
+        ratio = rate / large.learning_rate
+        assert small.learning_rates[part] / small.learning_rate == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize("tensor, pipeline", [(1, 1), (2, 1), (4, 1), (1, 3), (2, 2)])
+def test_tiny_runs_on_every_layout_of_the_test_suite(tensor: int, pipeline: int) -> None:
+    overrides = [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}"]
+    path = ROOT / "configs/emu/tiny.yaml"
+    assert examine(path, overrides, tensor * pipeline * 2).faults == ()
+
+
+def test_the_plan_of_14b_fits_its_machines() -> None:
+    recipe = read("emu/14b_pretrain")
+    assert examine(ROOT / "configs/emu/14b_pretrain.yaml", (), 128).faults == ()
+    facts = collect(recipe)
+    text = plan(recipe, 128)
+    assert "tensor 4 x pipeline 2 x data 16" in text
+    assert "16 data ranks x 32 micro-batches x 1 packs of 2048 positions" in text
+    # all encoders in stage 0 and the trunk in stage 1 would be 1 : 4.1
+    (cut,) = facts.bounds()
+    names = [layer.name for layer in facts.census]
+    assert names[cut].startswith("blocks.")
+    first, second = sum(facts.flops[:cut]), sum(facts.flops[cut:])
+    assert max(first, second) / min(first, second) < 1.06
