@@ -1,0 +1,76 @@
+"""Sources that are made of lengths alone, or kept in memory."""
+
+from PIL import Image
+
+from mmtrain.data.images import encode_png
+from mmtrain.data.lengths import DocumentLengths, PartLength, collect
+from mmtrain.data.mixture import Source
+from mmtrain.data.rules import Rule, RuleOptions
+from mmtrain.data.sequence import Document, Modality, Part
+from mmtrain.data.shards import count
+from mmtrain.data.vocabulary import Vocabulary
+
+
+class Unread:
+    """A reader that nobody may use: plans are made from lengths alone."""
+
+    def document(self, number: int) -> Document:
+        raise AssertionError(f"document {number} was opened while planning")
+
+
+def lengths_source(
+    name: str,
+    sizes: list[tuple[int, int]],
+    *,
+    weight: float = 1.0,
+    rule: Rule = Rule.document,
+    shard: int = 16,
+) -> Source:
+    """A source of documents with (text tokens, images) each, known by their lengths alone."""
+    documents = [
+        DocumentLengths(
+            f"{name}-{number}",
+            "page",
+            (PartLength(Modality.text, text), *[PartLength(Modality.image, 1)] * images),
+        )
+        for number, (text, images) in enumerate(sizes)
+    ]
+    shards = [min(shard, len(sizes) - start) for start in range(0, len(sizes), shard)]
+    lengths = collect(documents, fingerprint="f", dataset="d", shard_sizes=shards)
+    options = RuleOptions(rule=rule, max_images=8, max_positions=4096)
+    return Source(name=name, lengths=lengths, documents=Unread(), options=options, weight=weight)
+
+
+class Kept:
+    """A reader of documents that are kept in memory."""
+
+    def __init__(self, documents: list[Document]) -> None:
+        self.documents = documents
+
+    def document(self, number: int) -> Document:
+        return self.documents[number]
+
+
+def kept_source(
+    name: str, documents: list[Document], vocabulary: Vocabulary, options: RuleOptions
+) -> Source:
+    """A source of documents in memory."""
+    counted = [count(document, vocabulary) for document in documents]
+    lengths = collect(counted, fingerprint="f", dataset="d", shard_sizes=[len(documents)])
+    return Source(name=name, lengths=lengths, documents=Kept(documents), options=options)
+
+
+def png(colour: tuple[int, int, int], side: int = 28) -> bytes:
+    """A plain picture."""
+    return encode_png(Image.new("RGB", (side, side), colour))
+
+
+def document(name: str, *content: str | bytes) -> Document:
+    """A document of texts and pictures in order."""
+    parts = tuple(
+        Part(modality=Modality.text, text=item)
+        if isinstance(item, str)
+        else Part(modality=Modality.image, media=(item,))
+        for item in content
+    )
+    return Document(sample_id=name, kind="page", parts=parts)
