@@ -173,7 +173,6 @@ class Stage(PipelineModule):  # type: ignore[misc]
         construction: how layers are made.
         mesh: this rank's place.
         bounds: first layer of every stage, then the number of layers.
-        loss: ({loss name: values}, target tensors) -> scalar, called on the last stage.
     """
 
     def __init__(
@@ -182,7 +181,6 @@ class Stage(PipelineModule):  # type: ignore[misc]
         construction: Construction,
         mesh: Mesh,
         bounds: tuple[int, ...],
-        loss: Callable[[Any, Any], Tensor],
     ) -> None:
         """Build this stage's layers."""
         self._bounds = bounds
@@ -193,7 +191,6 @@ class Stage(PipelineModule):  # type: ignore[misc]
         super().__init__(
             layers=[_Part(layer, construction, mesh) for layer in layers],
             topology=topology,
-            loss_fn=loss,
         )
         self.names = tuple(
             name for name, _ in layers[bounds[mesh.pipeline] : bounds[mesh.pipeline + 1]]

@@ -2,8 +2,7 @@
 
 The only file that touches Megatron-core's `parallel_state`. Its rank order `tp-cp-ep-dp-pp`
 equals DeepSpeed's `(pipe, data, model)`, so both libraries agree on every group (design law).
-Ranks come from the environment: torchrun and the deepspeed launcher set RANK, LOCAL_RANK and
-WORLD_SIZE; under `srun` the SLURM_* variables stand in for them.
+Ranks come from the environment (`layout.ranks`).
 """
 
 import os
@@ -21,13 +20,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from mmtrain.layout.dims import ParallelDims
-
-_FROM_SLURM = {
-    "RANK": "SLURM_PROCID",
-    "LOCAL_RANK": "SLURM_LOCALID",
-    "WORLD_SIZE": "SLURM_NTASKS",
-}
-
+from mmtrain.layout.ranks import launched
 
 @dataclass(frozen=True)
 class Mesh:
@@ -118,22 +111,12 @@ class ModelParallelUnit:
         return int(parallel_state.get_data_parallel_rank())
 
 
-def world_size_from_environment() -> int:
-    """Number of ranks that this process was started with; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-
-
-def rank_from_environment() -> int:
-    """Rank of this process; 0 without a launcher."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-
-
 def _complete_environment() -> None:
     """Fill in the variables torch and DeepSpeed read, from Slurm or for a single process."""
-    for name, slurm in _FROM_SLURM.items():
-        default = "1" if name == "WORLD_SIZE" else "0"
-        os.environ.setdefault(name, os.environ.get(slurm, default))
-    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
+    place = launched(os.environ)
+    os.environ["RANK"] = str(place.rank)
+    os.environ["LOCAL_RANK"] = str(place.local_rank)
+    os.environ["WORLD_SIZE"] = str(place.world_size)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         with socket.socket() as probe:  # a free port; only a lone process gets here

@@ -115,6 +115,12 @@ class Tally:
         means = (total / count.clamp_min(1)).tolist()
         return dict(zip(self.losses, means, strict=True))
 
+    def means(self) -> dict[str, float]:
+        """Mean of each loss that was counted at all."""
+        counts = self.sums[..., 1].sum(1).tolist()
+        parts = self.parts().items()
+        return {name: mean for (name, mean), count in zip(parts, counts, strict=True) if count}
+
     def by_source(self) -> dict[tuple[str, int], LossSums]:
         """Sums of every (loss, source) that was counted."""
         return {

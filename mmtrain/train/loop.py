@@ -8,7 +8,6 @@ from time import perf_counter
 from PIL.Image import Image
 
 from mmtrain.data.batch import Batch
-from mmtrain.log import LOG
 from mmtrain.settings import LogConfig, SaveConfig, ScheduleConfig, ValidateConfig
 from mmtrain.train.engine import Engine
 from mmtrain.train.metrics import Reporter
@@ -29,6 +28,21 @@ class Plan:
     saving: SaveConfig
 
 
+@dataclass(frozen=True)
+class Heldout:
+    """One held-out source.
+
+    Attributes:
+        name: as in the recipe.
+        micro_batches: of every data rank.
+        batches: those of this data rank, the same at every call; None where no data is read.
+    """
+
+    name: str
+    micro_batches: int
+    batches: Callable[[], Sequence[Batch]] | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """What the loop works with on this rank.
@@ -36,10 +50,7 @@ class Parts:
     Attributes:
         engine: makes optimizer steps.
         batches: steps of this data rank from `state.step` on; None where no data is read.
-        heldout: held-out micro-batches of this data rank, the same at every call; None where no
-            data is read.
-        heldout_count: number of held-out micro-batches of every data rank.
-        heldout_names: names of the held-out sources, by index.
+        heldout: held-out sources.
         reporter: on rank 0.
         draw: draws a step's packs as one picture (rank 0).
         save: commits a checkpoint of a state; a collective.
@@ -47,9 +58,7 @@ class Parts:
 
     engine: Engine
     batches: Iterator[Step] | None
-    heldout: Callable[[], Sequence[Batch]] | None
-    heldout_count: int
-    heldout_names: list[str]
+    heldout: tuple[Heldout, ...]
     reporter: Reporter | None
     draw: Callable[[Step], Image] | None
     save: Callable[[TrainState], Path]
@@ -77,7 +86,7 @@ def run(parts: Parts, plan: Plan, state: TrainState) -> TrainState:
             reporter.step(number, report, rates, plan.log.every_steps)
             if parts.draw is not None and _due(number, plan.log.images_every_steps) and batches:
                 reporter.picture(number, "packs", parts.draw(batches))
-        if parts.heldout_count and _due(number, plan.validate.every_steps):
+        if parts.heldout and _due(number, plan.validate.every_steps):
             validate(parts, number)
         if _due(number, plan.saving.every_steps):
             parts.save(state)
@@ -88,12 +97,13 @@ def run(parts: Parts, plan: Plan, state: TrainState) -> TrainState:
 
 
 def validate(parts: Parts, step: int) -> None:
-    """Held-out losses by source; a collective."""
-    batches = parts.heldout() if parts.heldout is not None else None
-    tally = parts.engine.evaluate(batches, parts.heldout_count)
+    """Held-out losses of every source; a collective."""
+    means = {}
+    for source in parts.heldout:
+        batches = source.batches() if source.batches is not None else None
+        means[source.name] = parts.engine.evaluate(batches, source.micro_batches).means()
     if parts.reporter is not None:
-        parts.reporter.heldout(step, tally.by_source(), parts.heldout_names)
-    LOG.debug("step %d: %d held-out micro-batches", step, parts.heldout_count)
+        parts.reporter.heldout(step, means)
 
 
 def _due(step: int, every: int) -> bool:

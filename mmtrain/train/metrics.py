@@ -5,7 +5,9 @@ has a reporter.
 """
 
 import json
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,29 +17,42 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from mmtrain.log import LOG
 from mmtrain.train.state import LossSums, StepReport, TrainState
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Floating-point work of one step, for MFU.
+    """Floating-point work of a step, for MFU.
 
     Attributes:
-        by_module: forward and backward operations of one global batch, by top-level module.
+        flops: (positions of a pack, mean images of a pack) -> forward operations of each layer.
+        passes: top-level module of each layer, and how many forward-sized passes a step makes
+            over it: 3 when trained, 2 when only gradients pass through, 1 when nothing does.
+        pack_tokens: positions of a pack.
         peak_tflops: of all ranks together; 0 when unknown.
         peak_source: where that figure is from.
     """
 
-    by_module: dict[str, float]
+    flops: Callable[[int, float], list[float]]
+    passes: tuple[tuple[str, int], ...]
+    pack_tokens: int
     peak_tflops: float
     peak_source: str
 
-    def mfu(self, seconds: float) -> float:
-        """Share of the peak that the step reached; 0 when the peak is unknown."""
-        if not self.peak_tflops or not seconds:
-            return 0.0
-        return sum(self.by_module.values()) / seconds / (self.peak_tflops * 1e12)
+    def by_module(self, report: StepReport) -> dict[str, float]:
+        """Operations of a step, forward and backward, by top-level module."""
+        packs = report.slots // self.pack_tokens
+        out: dict[str, float] = {}
+        layers = self.flops(self.pack_tokens, report.images / packs)
+        for (module, passes), operations in zip(self.passes, layers, strict=True):
+            out[module] = out.get(module, 0.0) + passes * packs * operations
+        return out
+
+    def mfu(self, operations: float, seconds: float) -> float:
+        """Share of the peak that a step reached; 0 when the peak is unknown."""
+        return operations / seconds / (self.peak_tflops * 1e12) if self.peak_tflops else 0.0
 
 
 class Reporter:
@@ -55,7 +70,7 @@ class Reporter:
             sources: names of the data sources, by index.
             work: for MFU.
         """
-        self.sources, self.work, self.steps = sources, work, steps
+        self.folder, self.sources, self.work, self.steps = folder, sources, work, steps
         path = folder / "metrics.jsonl"
         kept = _lines_until(path, state.step)
         partial = path.with_suffix(".partial")
@@ -64,9 +79,7 @@ class Reporter:
         self._lines = path.open("a", buffering=1)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=state.step + 1)
         self.bar = tqdm(total=steps, initial=state.step, unit="step", dynamic_ncols=True)
-        LOG.info("MFU is taken of %.3f TFLOP/s (%s)", work.peak_tflops, work.peak_source)
-        for name, operations in work.by_module.items():
-            self.board.add_scalar(f"flops_per_step/{name}", operations, state.step)
+        log.info("MFU is taken of %.3f TFLOP/s (%s)", work.peak_tflops, work.peak_source)
 
     def step(self, step: int, report: StepReport, rates: dict[str, float], write: int) -> None:
         """Report one optimizer step; files are written when `step` is a multiple of `write`."""
@@ -77,7 +90,8 @@ class Reporter:
         )
         if step % write and step != self.steps:
             return
-        mfu = self.work.mfu(report.seconds)
+        operations = self.work.by_module(report)
+        mfu = self.work.mfu(sum(operations.values()), report.seconds)
         line: dict[str, Any] = {
             "step": step,
             "loss": report.loss,
@@ -97,7 +111,9 @@ class Reporter:
         }
         self._lines.write(json.dumps(line) + "\n")
         self._scalars(step, line, rates, report)
-        LOG.info(
+        for module, count in operations.items():
+            self.board.add_scalar(f"flops/{module}", count, step)
+        log.info(
             "step %d loss %.6f grad %.4f tokens/s %.0f mfu %.3f",
             step,
             report.loss,
@@ -127,15 +143,14 @@ class Reporter:
         for layer, norm in report.module_norms.items():
             self.board.add_scalar(f"grad_norm/{layer}", norm, step)
 
-    def heldout(self, step: int, sums: dict[tuple[str, int], LossSums], names: list[str]) -> None:
-        """Report held-out losses by source, to TensorBoard, `heldout.jsonl` and the log."""
-        line = {f"{name}/{names[source]}": entry.mean for (name, source), entry in sums.items()}
-        folder = Path(self._lines.name).parent
-        with (folder / "heldout.jsonl").open("a") as file:
+    def heldout(self, step: int, parts: dict[str, dict[str, float]]) -> None:
+        """Report held-out losses (source -> loss name -> mean), also to `heldout.jsonl`."""
+        line = {f"{name}/{source}": v for source, means in parts.items() for name, v in means.items()}
+        with (self.folder / "heldout.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **line}) + "\n")
         for key, value in line.items():
             self.board.add_scalar(f"heldout/{key}", value, step)
-        LOG.info("step %d held out: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in line.items()))
+        log.info("step %d held out: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in line.items()))
 
     def picture(self, step: int, name: str, image: Image) -> None:
         """Show a picture in TensorBoard."""

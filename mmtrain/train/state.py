@@ -10,6 +10,8 @@ class TrainState:
     step: int = 0  # optimizer steps done
     tokens_seen: int = 0
     images_seen: int = 0
+    plan_window: int = 0  # where the next step begins in the plan of packs, so that a resumed
+    plan_first_pack: int = 0  # run need not plan what lies before
 
     def advance(self, report: "StepReport") -> None:
         """Count one finished step."""

@@ -1,0 +1,436 @@
+"""From a recipe to a running job, in one visible order.
+
+dims -> mesh -> layers -> stage bounds -> this rank's modules -> optimizer -> engine -> data
+-> restore -> loop. Also what is done with a run afterwards: look at its data, export it.
+"""
+
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmtrain import log as logs
+from mmtrain import recipe as recipes
+from mmtrain.checkpoint import portable, store
+from mmtrain.data.assemble import Assembler
+from mmtrain.data.batch import Batch
+from mmtrain.data.loader import Loader, heldout_batches
+from mmtrain.data.mixture import Mixture, OnePass, Source
+from mmtrain.data.pack import Mark, Plan
+from mmtrain.data.picture import draw_pack
+from mmtrain.data.rules import RuleOptions
+from mmtrain.data.sources import open_source
+from mmtrain.data.tokens import SequenceFormat
+from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
+from mmtrain.errors import ContentError, ExitCode
+from mmtrain.layout.balance import balance
+from mmtrain.layout.dims import ParallelDims, dims_for
+from mmtrain.layout.names import deciding
+from mmtrain.layout.ranks import launched
+from mmtrain.models.census import take_census
+from mmtrain.models.families import FAMILIES
+from mmtrain.models.spec import BatchShape, ModelSpec
+from mmtrain.nn.init import draw_by_name
+from mmtrain.parallel.build import Builder, Construction, Fold, Stage, canonical_parameters
+from mmtrain.parallel.mesh import Mesh, open_mesh
+from mmtrain.settings import Precision, Recipe, Recompute, SourceConfig
+from mmtrain.train import loop
+from mmtrain.train.engine import Engine, EngineSettings, FoldEngine, StageEngine
+from mmtrain.train.metrics import Reporter, Work
+from mmtrain.train.optim import build_optimizer, choose, parameter_groups
+from mmtrain.train.peak import peak_tflops
+from mmtrain.train.save import restore, save
+from mmtrain.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a recipe means, before any rank builds its part."""
+
+    recipe: Recipe
+    spec: ModelSpec
+    vocabulary: Vocabulary
+    layout: SequenceFormat
+    shapes: dict[str, tuple[int, ...]]  # full shape of every parameter, by canonical name
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.recipe.output) / self.recipe.name
+
+
+def read_setting(recipe: Recipe) -> Setting:
+    """Family, tokenizer and parameter shapes of a recipe.
+
+    Raises:
+        ContentError: the tokenizer lacks special tokens, or has more tokens than the model.
+    """
+    spec = FAMILIES[recipe.family]
+    vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
+    rows = recipe.model.language.vocabulary
+    if vocabulary.size > rows:
+        raise ContentError(
+            f"data.tokenizer {vocabulary.folder} has {vocabulary.size} tokens, "
+            f"model.language.vocabulary is {rows}; raise it to {vocabulary.size} or more"
+        )
+    census = take_census(spec, recipe.model)
+    shapes = {name: shape for layer in census for name, shape in layer.shapes.items()}
+    return Setting(recipe, spec, vocabulary, spec.sequence(recipe.model, vocabulary.ids), shapes)
+
+
+def train(recipe: Recipe) -> int:
+    """Train a checked recipe on the ranks that the launcher started; returns an exit code."""
+    setting = read_setting(recipe)
+    layout = recipe.parallel
+    with open_mesh(_dims(recipe), layout.timeout_seconds) as mesh:
+        logs.quiet_engines()
+        if mesh.rank == 0:
+            _open_folder(setting)
+        engine = build_engine(setting, mesh)
+        root = setting.folder / "checkpoints"
+        mesh.barrier()  # the folder is there
+        found = store.committed(root)
+        state = restore(engine, found[-1]) if found else TrainState()
+        if found:
+            log.info("goes on from %s", found[-1])
+        _write_recipe(setting, mesh, state)
+        parts = _parts(setting, mesh, engine, state)
+        try:
+            loop.run(parts, _loop_plan(recipe), state)
+        finally:
+            if parts.reporter is not None:
+                parts.reporter.close()
+        log.info("done: %d steps, %d tokens; %s", state.step, state.tokens_seen, setting.folder)
+    return ExitCode.DONE
+
+
+def _dims(recipe: Recipe) -> ParallelDims:
+    layout = recipe.parallel
+    return dims_for(
+        launched(os.environ).world_size,
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        zero_stage=layout.zero_stage,
+        sequence=layout.sequence,
+    )
+
+
+def _loop_plan(recipe: Recipe) -> loop.Plan:
+    return loop.Plan(
+        steps=recipe.train.steps,
+        schedule=recipe.schedule,
+        log=recipe.log,
+        validate=recipe.validate,
+        saving=recipe.save,
+    )
+
+
+def _open_folder(setting: Setting) -> None:
+    setting.folder.mkdir(parents=True, exist_ok=True)
+    logs.add_file(setting.folder / "log.txt")
+
+
+def _write_recipe(setting: Setting, mesh: Mesh, state: TrainState) -> None:
+    """Keep the resolved recipe; an earlier one that differs is kept beside it."""
+    if mesh.rank != 0:
+        return
+    path, text = setting.folder / "recipe.yaml", recipes.to_yaml(setting.recipe)
+    if path.exists() and path.read_text() != text:
+        kept = path.with_name(f"recipe.until-step-{state.step}.yaml")
+        path.rename(kept)
+        log.warning("the recipe differs from the one this run began with, kept as %s", kept)
+    path.write_text(text)
+
+
+# --- model ---------------------------------------------------------------------------------
+
+
+def build_engine(setting: Setting, mesh: Mesh) -> Engine:
+    """This rank's modules, optimizer and DeepSpeed engine."""
+    recipe, spec = setting.recipe, setting.spec
+    layers: list[Builder] = [(layer.name, layer.build) for layer in spec.layers(recipe.model)]
+    construction = _construction(setting)
+    implementation = choose(recipe.optimizer.implementation, mesh.device)
+    log.info("optimizer: AdamW by %s", implementation.value)
+    settings = _engine_settings(setting, mesh.dims)
+    if mesh.dims.pipeline == 1:
+        model = Fold(layers, construction, mesh)
+        named = canonical_parameters(model.named_layers())
+        groups = parameter_groups(named, recipe.optimizer, None)
+        optimizer = build_optimizer(groups, recipe.optimizer, implementation)
+        return FoldEngine(model, optimizer, mesh, settings)
+    bounds = stage_bounds(recipe, spec)
+    stage = Stage(layers, construction, mesh, bounds)
+    named = canonical_parameters(stage.named_layers())
+    groups = parameter_groups(named, recipe.optimizer, stage)
+    optimizer = build_optimizer(groups, recipe.optimizer, implementation)
+    log.info("stages begin at layers %s", [layers[bound][0] for bound in bounds[:-1]])
+    return StageEngine(stage, optimizer, mesh, settings)
+
+
+def stage_bounds(recipe: Recipe, spec: ModelSpec) -> tuple[int, ...]:
+    """First layer of every stage, then the number of layers."""
+    data = recipe.data
+    costs = spec.flops(recipe.model, BatchShape(data.pack_tokens, data.pack_images))
+    cuts = recipe.parallel.bounds or balance(costs, recipe.parallel.pipeline)
+    return (0, *cuts, len(costs))
+
+
+def _construction(setting: Setting) -> Construction:
+    recipe, spec = setting.recipe, setting.spec
+    recomputed = recipe.parallel.recompute is Recompute.full
+    return Construction(
+        plan=spec.plan,
+        initial=_initial(setting),
+        fields=spec.fields,
+        is_trained=lambda name: deciding(recipe.train.freeze, name) is None,
+        # the head's forward is one product and the stem's one convolution: little to save there
+        recomputed=lambda name: recomputed and ("blocks" in name or name == "causal"),
+        sequence=recipe.parallel.sequence,
+        partition=recipe.parallel.zero_stage == 3,
+    )
+
+
+def _initial(setting: Setting) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
+    """Weights by name: from a folder of full tensors when the recipe names one, else drawn."""
+    recipe = setting.recipe
+    drawn = partial(
+        _draw, rules=setting.spec.initial(recipe.model), seed=recipe.seed
+    )
+    if recipe.train.initialize_from is None:
+        return drawn
+    source = Path(recipe.train.initialize_from)
+    tensors = portable.open_tensors(source)
+    here = {name: tensors.shape(name) for name in tensors.names()}
+    wrong = [
+        f"{name}: {here.get(name)} instead of {shape}"
+        for name, shape in setting.shapes.items()
+        if here.get(name) != shape
+    ] + [f"{name}: not a parameter of the model" for name in here if name not in setting.shapes]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ContentError(
+            f"train.initialize_from {source} does not fit the model: {'; '.join(wrong[:8])}{more}"
+        )
+    log.info("initial weights: %d tensors of %s", len(here), source)
+    return lambda name, shape: tensors.get(name)
+
+
+def _draw(name: str, shape: tuple[int, ...], rules: Any, seed: int) -> torch.Tensor:
+    return draw_by_name(name, shape, rules, seed)
+
+
+def _engine_settings(setting: Setting, dims: ParallelDims) -> EngineSettings:
+    recipe = setting.recipe
+    return EngineSettings(
+        zero_stage=recipe.parallel.zero_stage,
+        accumulation=_accumulation(recipe, dims),
+        clip_norm=recipe.optimizer.clip_norm,
+        bf16=recipe.train.precision is Precision.bf16,
+        losses=setting.spec.losses,
+        loss_weights=recipe.train.loss_weights,
+        sources=len(recipe.data.sources),
+    )
+
+
+def _accumulation(recipe: Recipe, dims: ParallelDims) -> int:
+    return recipe.train.global_batch_packs // (recipe.train.micro_batch_packs * dims.data)
+
+
+# --- data ----------------------------------------------------------------------------------
+
+
+def open_sources(setting: Setting, configs: dict[str, SourceConfig]) -> list[Source]:
+    """Shards and length index of every source, in the order of the recipe."""
+    return [
+        open_source(
+            name,
+            Path(config.path),
+            setting.vocabulary,
+            RuleOptions(
+                rule=config.rule,
+                max_images=config.max_images,
+                max_positions=config.max_tokens,
+                image_first=config.image_first,
+            ),
+            weight=config.weight,
+            remote=config.remote,
+        )
+        for name, config in configs.items()
+    ]
+
+
+def make_plan(setting: Setting, draws: Mixture | OnePass) -> Plan:
+    """The packs of some draws."""
+    data = setting.recipe.data
+    return Plan(
+        draws,
+        group_length=setting.layout.group_length,
+        pack_tokens=data.pack_tokens,
+        pack_images=data.pack_images,
+        window_documents=data.window_documents,
+        seed=setting.recipe.seed,
+    )
+
+
+def _assembler(setting: Setting, mesh: Mesh, sources: list[Source]) -> Assembler:
+    recipe = setting.recipe
+    fixed = recipe.data.pack_images * recipe.train.micro_batch_packs
+    return Assembler(
+        sources=sources,
+        vocabulary=setting.vocabulary,
+        layout=setting.layout,
+        pack_tokens=recipe.data.pack_tokens,
+        # shapes must not change between micro-batches where they cross a stage boundary
+        image_slots=fixed if mesh.dims.pipeline > 1 else None,
+        with_pixels=mesh.is_first_stage,
+    )
+
+
+def _loader(setting: Setting, mesh: Mesh, state: TrainState) -> Loader:
+    recipe = setting.recipe
+    sources = open_sources(setting, recipe.data.sources)
+    mixture = Mixture(sources, seed=recipe.seed, shuffle=recipe.data.shuffle)
+    plan = make_plan(setting, mixture)
+    plan.seek(Mark(state.plan_window, state.plan_first_pack))
+    return Loader(
+        plan,
+        _assembler(setting, mesh, sources),
+        global_batch_packs=recipe.train.global_batch_packs,
+        micro_batch_packs=recipe.train.micro_batch_packs,
+        data_rank=mesh.data,
+        data_ranks=mesh.dims.data,
+        workers=recipe.data.workers,
+        start_step=state.step,
+        decode_failures=recipe.data.decode_failures,
+    )
+
+
+def _heldout(setting: Setting, mesh: Mesh) -> Iterator[loop.Heldout]:
+    recipe = setting.recipe
+    micro, ranks = recipe.train.micro_batch_packs, mesh.dims.data
+    for source in open_sources(setting, recipe.data.heldout):
+        plan = make_plan(setting, OnePass(source))
+        packs = min(recipe.validate.packs, plan.packs())
+        batches = partial(
+            _read_heldout,
+            plan,
+            _assembler(setting, mesh, [source]),
+            packs=packs,
+            micro_batch_packs=micro,
+            data_rank=mesh.data,
+            data_ranks=ranks,
+        )
+        reads = mesh.is_first_stage or mesh.is_last_stage
+        count = math.ceil(packs / (micro * ranks))
+        yield loop.Heldout(source.name, count, batches if reads else None)
+
+
+def _read_heldout(plan: Plan, assembler: Assembler, **numbers: int) -> list[Batch]:
+    return list(heldout_batches(plan, assembler, **numbers))
+
+
+# --- loop ----------------------------------------------------------------------------------
+
+
+def _parts(setting: Setting, mesh: Mesh, engine: Engine, state: TrainState) -> loop.Parts:
+    recipe = setting.recipe
+    reads = mesh.is_first_stage or mesh.is_last_stage
+    loader = _loader(setting, mesh, state) if reads else None
+    draws = partial(draw_pack, vocabulary=setting.vocabulary, layout=setting.layout)
+    return loop.Parts(
+        engine=engine,
+        batches=loader.steps() if loader is not None else None,
+        heldout=tuple(_heldout(setting, mesh)) if recipe.validate.every_steps else (),
+        reporter=_reporter(setting, mesh, state) if mesh.rank == 0 else None,
+        draw=(lambda batches: draws(batches[0])) if mesh.rank == 0 else None,
+        save=partial(_save, setting, engine, loader),
+    )
+
+
+def _save(setting: Setting, engine: Engine, loader: Loader | None, state: TrainState) -> Path:
+    if loader is not None:
+        mark = loader.mark(state.step)
+        state.plan_window, state.plan_first_pack = mark.window, mark.first_pack
+    folder = save(
+        engine,
+        state,
+        setting.folder / "checkpoints",
+        setting.recipe.save.keep,
+        setting.spec.plan,
+        setting.shapes,
+        hashlib.sha256(recipes.to_yaml(setting.recipe).encode()).hexdigest(),
+    )
+    log.info("step %d saved: %s", state.step, folder)
+    return folder
+
+
+def _reporter(setting: Setting, mesh: Mesh, state: TrainState) -> Reporter:
+    recipe = setting.recipe
+    peak, source = peak_tflops(mesh.device, recipe.train.precision, recipe.log.peak_tflops)
+    work = Work(
+        flops=lambda tokens, images: setting.spec.flops(
+            recipe.model, BatchShape(tokens, images)
+        ),
+        passes=tuple(_passes(setting)),
+        pack_tokens=recipe.data.pack_tokens,
+        peak_tflops=peak * mesh.dims.world_size,
+        peak_source=source,
+    )
+    names = list(recipe.data.sources)
+    return Reporter(setting.folder, recipe.train.steps, state, names, work)
+
+
+def _passes(setting: Setting) -> Iterator[tuple[str, int]]:
+    """Top-level module of each layer and its forward-sized passes in a step."""
+    recipe, below = setting.recipe, False
+    for layer in take_census(setting.spec, recipe.model):
+        trained = any(deciding(recipe.train.freeze, name) is None for name in layer.shapes)
+        below = below or trained
+        module = layer.name.partition(".")[0]
+        yield module, 3 if trained else 2 if below else 1
+
+
+# --- afterwards ----------------------------------------------------------------------------
+
+
+def look(recipe: Recipe, packs: int, out: Path) -> int:
+    """Draw the first packs of a recipe as PNG pictures into `out`."""
+    setting = read_setting(recipe)
+    sources = open_sources(setting, recipe.data.sources)
+    mixture = Mixture(sources, seed=recipe.seed, shuffle=recipe.data.shuffle)
+    plan = make_plan(setting, mixture)
+    assembler = Assembler(
+        sources=sources,
+        vocabulary=setting.vocabulary,
+        layout=setting.layout,
+        pack_tokens=recipe.data.pack_tokens,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    for number in range(packs):
+        batch, failures, _ = assembler.batch([plan.pack(number)])
+        path = out / f"pack-{number:05d}.png"
+        draw_pack(batch, setting.vocabulary, setting.layout).save(path)
+        fill = batch.info.tokens / recipe.data.pack_tokens
+        print(
+            f"{path}: {len(batch.info.sample_ids)} documents, {batch.info.images} images, "
+            f"{batch.info.tokens} tokens (fill {fill:.2f}), {len(failures)} left out"
+        )
+    return ExitCode.DONE
+
+
+def convert(run: Path, checkpoint: str | None, out: Path) -> int:
+    """Export a checkpoint's full tensors as safetensors by canonical name."""
+    source = run / "checkpoints" / checkpoint if checkpoint else run
+    for path in portable.export(portable.open_tensors(source), out):
+        print(path)
+    return ExitCode.DONE
