@@ -1,0 +1,148 @@
+"""Attention over key intervals equals a dense float64 oracle on any mask of that form."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from mmtrain.nn.masks import Intervals
+from mmtrain.ops.attention import (
+    TILE_ROWS,
+    IntervalPlan,
+    _block_mask,
+    interval_attention,
+    plan_intervals,
+)
+
+HEADS, WIDTH = 2, 8
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
+    """Dense softmax attention in float64 over an explicit mask."""
+    q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
+    key = torch.arange(k.shape[1])
+    seen = (lo[:, None] <= key) & (key < hi[:, None])
+    logits = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf)
+    return (logits.softmax(-1) @ v).transpose(0, 1)
+
+
+def assert_matches_oracle(lo: Tensor, hi: Tensor, keys: int) -> None:
+    """Output and all three gradients."""
+    generator = torch.Generator().manual_seed(0)
+    q, upstream = (torch.randn(len(lo), HEADS, WIDTH, generator=generator) for _ in range(2))
+    k, v = (torch.randn(keys, HEADS, WIDTH, generator=generator) for _ in range(2))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    ours = interval_attention(q, k, v, plan_intervals(lo, hi, keys), 0.3)
+    expected = oracle(q, k, v, lo, hi, 0.3)
+    torch.testing.assert_close(ours.double(), expected, atol=2e-6, rtol=1e-5)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, leaves, upstream),
+        torch.autograd.grad(expected, leaves, upstream.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, atol=5e-6, rtol=1e-5)
+
+
+def segments(lengths: list[int]) -> Tensor:
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+
+
+packings = st.lists(st.integers(1, 2 * TILE_ROWS), min_size=1, max_size=6).map(segments)
+
+
+@settings(max_examples=25, deadline=None)
+@given(packings)
+def test_packed_causal_rows_see_their_document_up_to_themselves(packed: Tensor) -> None:
+    intervals = Intervals.causal_packed(packed)
+    assert_matches_oracle(intervals.lo_T, intervals.hi_T, len(packed))
+
+
+@settings(max_examples=25, deadline=None)
+@given(packings, st.randoms(use_true_random=False))
+def test_rows_of_an_image_see_the_whole_image(packed: Tensor, random: object) -> None:
+    spans, row = torch.full_like(packed, -1), 0
+    while row < len(packed):
+        room = int((packed[row:] == packed[row]).sum())
+        length = random.randint(1, min(room, 40))  # type: ignore[attr-defined]
+        if random.random() < 0.5:  # type: ignore[attr-defined]
+            spans[row : row + length] = row
+        row += length
+    intervals = Intervals.image_bidirectional(packed, spans)
+    for t in range(len(packed)):
+        inside = (spans == spans[t]) & (packed == packed[t])
+        last = int(inside.nonzero().max()) if spans[t] >= 0 else t
+        assert intervals.hi_T[t] == last + 1
+    assert_matches_oracle(intervals.lo_T, intervals.hi_T, len(packed))
+
+
+@settings(max_examples=25, deadline=None)
+@given(packings, st.integers(0, 60))
+def test_rows_of_a_prefix_see_the_whole_prefix(packed: Tensor, length: int) -> None:
+    starts = Intervals.causal_packed(packed).lo_T
+    in_prefix = torch.arange(len(packed)) - starts < length
+    intervals = Intervals.prefix(packed, in_prefix)
+    sizes = (packed[:, None] == packed).sum(1)
+    ends = starts + torch.minimum(sizes, torch.tensor(length))
+    assert torch.equal(intervals.hi_T, torch.maximum(ends, torch.arange(len(packed)) + 1))
+    assert_matches_oracle(intervals.lo_T, intervals.hi_T, len(packed))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32))
+def test_any_intervals_over_any_number_of_keys(rows: int, keys: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lo = torch.randint(0, keys, (rows,), generator=generator)
+    hi = lo + 1 + (torch.rand(rows, generator=generator) * (keys - lo)).long()
+    assert_matches_oracle(lo, hi.clamp(max=keys), keys)
+
+
+def test_padding_rows_that_see_themselves_return_their_own_value() -> None:
+    rows = torch.arange(10)
+    q, k, v = torch.randn(3, 10, HEADS, WIDTH)
+    out = interval_attention(q, k, v, plan_intervals(rows, rows + 1, 10), 1.0)
+    torch.testing.assert_close(out, v)
+
+
+def test_a_row_that_sees_no_key_is_refused() -> None:
+    with pytest.raises(AssertionError, match="sees no key"):
+        plan_intervals(torch.tensor([0, 1]), torch.tensor([1, 1]), 2)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1000], [500, 500], [30] * 40, [1] * 600], ids=["one", "two", "short", "padding"]
+)
+def test_work_and_masks_stay_near_what_the_intervals_need(lengths: list[int]) -> None:
+    """Long documents run without any mask; short ones share tiles no larger than a tile."""
+    plan = Intervals.causal_packed(segments(lengths)).plan
+    assert masked_entries(plan) <= sum(lengths) * TILE_ROWS
+    if min(lengths) > TILE_ROWS:
+        assert masked_entries(plan) == 0
+
+
+def masked_entries(plan: IntervalPlan) -> int:
+    masks = (tile.mask for group in plan.groups for tile in group.tiles)
+    return sum(mask.numel() for mask in masks if mask is not None)
+
+
+def test_documents_do_not_see_each_other() -> None:
+    """Changing one document leaves the others' outputs bit-equal."""
+    intervals = Intervals.causal_packed(segments([50, 200, 30]))
+    q, k, v = torch.randn(3, 280, HEADS, WIDTH)
+    before = interval_attention(q, k, v, intervals.plan, 0.3)
+    k[50:250], v[50:250] = 7.0, -7.0
+    after = interval_attention(q, k, v, intervals.plan, 0.3)
+    assert torch.equal(before[:50], after[:50]) and torch.equal(before[250:], after[250:])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_flex_mask_is_the_same_mask() -> None:
+    """The CUDA path's mask function, run by the uncompiled FlexAttention on this machine."""
+    intervals = Intervals.causal_packed(segments([100, 60, 96]))
+    q, k, v = torch.randn(3, 256, HEADS, 16)
+    mask = _block_mask(intervals.lo_T, intervals.hi_T, 256)
+    batched = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = flex_attention(*batched, block_mask=mask, scale=0.3)[0].transpose(0, 1)
+    expected = oracle(q, k, v, intervals.lo_T, intervals.hi_T, 0.3)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
