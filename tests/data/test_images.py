@@ -1,0 +1,85 @@
+"""Pixels are those of the released preprocessing; what cannot be decoded says so."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from mmtrain.data import images
+from mmtrain.data.images import DecodeError, check, decode, encode_png, to_picture
+from mmtrain.data.tokens import SequenceFormat
+
+LAYOUT = SequenceFormat(
+    bos=1, eos=2, pad=3, image_begin=4, image_end=5, image_slot=6, visual_tokens=3, image_size=56
+)
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, channels), np.uint8)
+    return Image.fromarray(pixels.squeeze(), mode)
+
+
+def encoded(picture: Image.Image, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [(56, 56), (100, 40), (31, 200)])
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_pixels_equal_resize_and_normalise_of_torchvision(size: tuple[int, int], kind: str) -> None:
+    blob = encoded(noise(*size), kind)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    released = transforms.Compose(
+        [
+            transforms.Resize((56, 56), interpolation=bicubic),
+            transforms.ToTensor(),
+            transforms.Normalize(LAYOUT.image_mean, LAYOUT.image_std),
+        ]
+    )
+    expected = released(Image.open(io.BytesIO(blob)).convert("RGB"))
+    torch.testing.assert_close(decode(blob, LAYOUT), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "LA"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    assert decode(encoded(noise(20, 20, mode)), LAYOUT).shape == (3, 56, 56)
+
+
+def test_transparent_is_white() -> None:
+    clear = Image.new("RGBA", (56, 56), (0, 0, 0, 0))
+    assert to_picture(decode(encoded(clear), LAYOUT), LAYOUT).getpixel((5, 5)) == (255, 255, 255)
+
+
+def test_a_picture_survives_normalisation() -> None:
+    picture = noise(56, 56)
+    assert to_picture(decode(encode_png(picture), LAYOUT), LAYOUT).tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize(
+    "blob",
+    [
+        b"",
+        b"not a picture",
+        encoded(noise(40, 40))[:-60],
+        encoded(noise(40, 40), "JPEG")[:-200],
+        encoded(noise(40, 40), "BMP"),  # a format that is not allowed
+        encoded(noise(40, 40))[:200] + b"\0" * 50 + encoded(noise(40, 40))[250:],
+    ],
+    ids=["empty", "text", "cut png", "cut jpeg", "bmp", "overwritten"],
+)
+def test_a_damaged_picture_is_refused_with_and_without_pixels(blob: bytes) -> None:
+    with pytest.raises(DecodeError):
+        decode(blob, LAYOUT)
+    with pytest.raises(DecodeError):
+        check(blob)
+
+
+def test_a_picture_that_claims_too_many_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    with pytest.raises(DecodeError, match="too many pixels"):
+        decode(encoded(noise(20, 20)), LAYOUT)
