@@ -16,10 +16,11 @@ from torch import Tensor
 
 from mmtrain.data import images
 from mmtrain.data.batch import Batch, BatchInfo, Targets
+from mmtrain.data.document import Document, Modality
 from mmtrain.data.mixture import Source
 from mmtrain.data.pack import PackPlan, PlannedDocument
 from mmtrain.data.rules import ImagePiece, Selection
-from mmtrain.data.sequence import Document, InterleavedSequence, Modality, Span
+from mmtrain.data.sequence import InterleavedSequence, Span
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary
 from mmtrain.errors import ContentError

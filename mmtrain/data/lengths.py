@@ -17,40 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from streaming.base.hashing import get_hash
 
+from mmtrain.data.document import DocumentLengths, Modality, PartLength
 from mmtrain.data.fetch import HASH, ExpectedFile, Folder
-from mmtrain.data.sequence import Modality
 from mmtrain.errors import ContentError, MissingError
 
 FORMAT = 1  # of the stored arrays
 MANIFEST = "manifest.json"
 _MODALITIES = (Modality.text, Modality.image, Modality.video)  # code = position
 _ARRAYS = ("ids", "kinds", "offsets", "modalities", "sizes", "matches", "times")
-
-
-@dataclass(frozen=True)
-class PartLength:
-    """Length of one part.
-
-    Attributes:
-        modality: text, image or video.
-        size: tokens of a text part, images of a picture (1) or clip.
-        match: index of the text part an image illustrates, or None.
-        time: seconds on the time line, or None.
-    """
-
-    modality: Modality
-    size: int
-    match: int | None = None
-    time: float | None = None
-
-
-@dataclass(frozen=True)
-class DocumentLengths:
-    """Lengths of one document."""
-
-    sample_id: str
-    kind: str
-    parts: tuple[PartLength, ...]
 
 
 @dataclass(frozen=True)

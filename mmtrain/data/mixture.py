@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from streaming.base.shuffle import get_shuffle
 
+from mmtrain.data.document import Document
 from mmtrain.data.lengths import Lengths
 from mmtrain.data.rules import RuleOptions
-from mmtrain.data.sequence import Document
 from mmtrain.errors import ContentError
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: the least clustered steps

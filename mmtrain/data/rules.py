@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from mmtrain.data.lengths import DocumentLengths, PartLength
-from mmtrain.data.sequence import Modality
+from mmtrain.data.document import DocumentLengths, Modality, PartLength
 
 WRAPPER_POSITIONS = 2  # <s> and </s>
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from PIL import Image
 
+from mmtrain.data.document import Document, Modality, Part
 from mmtrain.data.images import encode_png
 from mmtrain.data.rules import Draw
-from mmtrain.data.sequence import Document, Modality, Part
 from mmtrain.data.shapes_text import Category, article, caption, judge, remark
 from mmtrain.data.shapes_tokenizer import write_tokenizer
 from mmtrain.data.shapes_world import (

@@ -24,9 +24,17 @@ from streaming.base.hashing import get_hash
 from streaming.base.spanner import Spanner
 
 from mmtrain.data import lengths as length_index
+from mmtrain.data.document import (
+    COLUMNS,
+    Document,
+    DocumentLengths,
+    Modality,
+    PartLength,
+    from_row,
+    to_row,
+)
 from mmtrain.data.fetch import HASH, ExpectedFile, Folder, safe_name
-from mmtrain.data.lengths import DocumentLengths, Lengths, PartLength
-from mmtrain.data.sequence import COLUMNS, Document, Modality, from_row, to_row
+from mmtrain.data.lengths import Lengths
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.errors import ContentError, MissingError, StorageError
 

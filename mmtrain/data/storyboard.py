@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from mmtrain.data.document import Document, Modality, Part
 from mmtrain.data.images import encode_png
-from mmtrain.data.sequence import Document, Modality, Part
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from PIL import Image
 
+from mmtrain.data.document import Document, DocumentLengths, Modality, Part, PartLength
 from mmtrain.data.images import encode_png
-from mmtrain.data.lengths import DocumentLengths, PartLength, collect
+from mmtrain.data.lengths import collect
 from mmtrain.data.mixture import Source
 from mmtrain.data.rules import Rule, RuleOptions
-from mmtrain.data.sequence import Document, Modality, Part
 from mmtrain.data.shards import count
 from mmtrain.data.vocabulary import Vocabulary
 

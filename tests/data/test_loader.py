@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mmtrain.data.assemble import Assembler
 from mmtrain.data.batch import Batch
+from mmtrain.data.document import Document
 from mmtrain.data.loader import Loader, heldout_batches
 from mmtrain.data.mixture import Mixture, OnePass, Source
 from mmtrain.data.pack import Plan
 from mmtrain.data.rules import Rule, RuleOptions
-from mmtrain.data.sequence import Document
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary
 from mmtrain.errors import ContentError, RecipeError

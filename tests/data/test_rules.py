@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtrain.data.lengths import DocumentLengths, PartLength
+from mmtrain.data.document import DocumentLengths, Modality, PartLength
 from mmtrain.data.rules import (
     WRAPPER_POSITIONS,
     Draw,
@@ -20,7 +20,6 @@ from mmtrain.data.rules import (
     select,
     spaced,
 )
-from mmtrain.data.sequence import Modality
 
 GROUP = 10
 

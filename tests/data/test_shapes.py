@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmtrain.data.document import Document
 from mmtrain.data.rules import Draw
-from mmtrain.data.sequence import Document
 from mmtrain.data.shapes import SHARES, Category, judge, write_shapes
 from mmtrain.data.shapes_text import caption
 from mmtrain.data.shapes_tokenizer import SIZE

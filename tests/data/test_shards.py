@@ -4,8 +4,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streaming.base.format.mds.writer import MDSWriter
 
+from mmtrain.data.document import COLUMNS, Document, Modality, Part, from_row, to_row
 from mmtrain.data.fetch import ExpectedFile, Folder, safe_name
-from mmtrain.data.sequence import COLUMNS, Document, Modality, Part, from_row, to_row
 from mmtrain.data.shards import build_index, load_lengths, open_shards, write_shards
 from mmtrain.data.vocabulary import Vocabulary
 from mmtrain.errors import ContentError, MissingError, StorageError
@@ -99,21 +98,17 @@ def test_nothing_is_published_after_an_exception(tmp_path: Path) -> None:
 
 
 def test_nothing_is_published_after_a_kill(tmp_path: Path) -> None:
-    script = (
-        "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from test_shards import page; from mmtrain.data.shards import write_shards\n"
-        "with write_shards(Path(sys.argv[1]) / 'pages', shard_bytes=4096) as writer:\n"
-        "    for number in range(100): writer.write(page(number))\n"
-        "    print('written', flush=True); time.sleep(60)\n"
-    )
-    here = str(Path(__file__).parent)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path), here], stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None and process.stdout.readline() == b"written\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    ready, done = os.pipe()
+    child = os.fork()  # not a new interpreter: its imports would take most of the test
+    if child == 0:
+        with write_shards(tmp_path / "pages", shard_bytes=4096) as writer:
+            for number in range(100):
+                writer.write(page(number))
+            os.write(done, b"x")
+            time.sleep(60)
+    os.read(ready, 1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
     assert not (tmp_path / "pages").exists()
     written(tmp_path / "pages")  # and a second attempt is not in its way
     assert len(open_shards(tmp_path / "pages")) == 30

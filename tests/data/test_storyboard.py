@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmtrain.data.sequence import Modality
+from mmtrain.data.document import Modality
 from mmtrain.data.storyboard import (
     Sheet,
     Subtitle,

@@ -1,0 +1,176 @@
+"""The stored document: text, images and video in one order, and its lengths.
+
+`Document` is what a shard holds: parts in reading order, media still encoded. Stored as one MDS
+row: `id`, `kind`, `parts` (JSON list), `media` (all encoded images end to end), `meta` (JSON
+object). `DocumentLengths` is what planning knows of it. Standard library alone, so that a recipe
+can be checked without loading an engine.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from mmtrain.errors import ContentError
+
+# MDS columns of a document; `media` is apart so that text can be read without parsing images
+COLUMNS = {"id": "str", "kind": "str", "parts": "str", "media": "bytes", "meta": "str"}
+
+
+class Modality(Enum):
+    """What a part or a span holds."""
+
+    text = "text"
+    image = "image"
+    video = "video"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One piece of a document.
+
+    Attributes:
+        modality: text, image or video.
+        text: the text of a text part.
+        media: encoded images (PNG, JPEG, WebP): one of an image part, the frames of a video part.
+        match: index of the text part that an image illustrates (MMC4), or None.
+        time: seconds on the document's time line (storyboards), or None.
+    """
+
+    modality: Modality
+    text: str = ""
+    media: tuple[bytes, ...] = ()
+    match: int | None = None
+    time: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A stored document: `sample_id` is unique in its source, `meta` is any JSON object."""
+
+    sample_id: str
+    kind: str
+    parts: tuple[Part, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the parts; empty for a good document."""
+        found = [] if self.sample_id else ["sample_id is empty"]
+        for index, part in enumerate(self.parts):
+            place = f"part {index} ({part.modality.value})"
+            if part.modality is Modality.text:
+                if part.media:
+                    found.append(f"{place} holds {len(part.media)} images; text holds none")
+            elif part.text:
+                found.append(f"{place} holds text; put it in a text part")
+            elif part.modality is Modality.image and len(part.media) != 1:
+                found.append(f"{place} holds {len(part.media)} images; an image part holds one")
+            elif not part.media or not all(part.media):
+                found.append(f"{place} holds an empty image or no frame")
+            if part.match is not None and not self._is_text(part.match):
+                found.append(f"{place} matches part {part.match}, which is no text part")
+        return found
+
+    def _is_text(self, index: int) -> bool:
+        return 0 <= index < len(self.parts) and self.parts[index].modality is Modality.text
+
+
+@dataclass(frozen=True)
+class PartLength:
+    """Length of one part.
+
+    Attributes:
+        modality: text, image or video.
+        size: tokens of a text part, images of a picture (1) or clip.
+        match: index of the text part an image illustrates, or None.
+        time: seconds on the time line, or None.
+    """
+
+    modality: Modality
+    size: int
+    match: int | None = None
+    time: float | None = None
+
+
+@dataclass(frozen=True)
+class DocumentLengths:
+    """Lengths of one document."""
+
+    sample_id: str
+    kind: str
+    parts: tuple[PartLength, ...]
+
+
+def to_row(document: Document) -> dict[str, Any]:
+    """The MDS row of a document.
+
+    Raises:
+        ContentError: the document is malformed (`Document.problems`).
+    """
+    problems = document.problems()
+    if problems:
+        raise ContentError(f"document {document.sample_id!r}: " + "; ".join(problems))
+    return {
+        "id": document.sample_id,
+        "kind": document.kind,
+        "parts": json.dumps([_part_to_json(part) for part in document.parts], ensure_ascii=False),
+        "media": b"".join(blob for part in document.parts for blob in part.media),
+        "meta": json.dumps(document.meta, ensure_ascii=False, sort_keys=True),
+    }
+
+
+def from_row(row: Mapping[str, Any]) -> Document:
+    """Undo `to_row`.
+
+    Raises:
+        ContentError: a column is missing, the JSON is broken, or the sizes do not add up.
+    """
+    try:
+        return _from_row(row)
+    except (KeyError, TypeError, ValueError) as error:
+        name = row.get("id", "without id")
+        raise ContentError(
+            f"document {name!r}: the row is not a document ({type(error).__name__}: {error}); "
+            f"found columns {sorted(row)}, expected {sorted(COLUMNS)}"
+        ) from error
+
+
+def _from_row(row: Mapping[str, Any]) -> Document:
+    parts, offset, media = [], 0, row["media"]
+    for entry in json.loads(row["parts"]):
+        sizes = entry.get("sizes", [])
+        blobs = []
+        for size in sizes:
+            blobs.append(media[offset : offset + size])
+            offset += size
+        part = Part(
+            modality=Modality(entry["modality"]),
+            text=entry.get("text", ""),
+            media=tuple(blobs),
+            match=entry.get("match"),
+            time=entry.get("time"),
+        )
+        parts.append(part)
+    if offset != len(media):
+        raise ValueError(f"parts name {offset} bytes of media, the row holds {len(media)}")
+    document = Document(
+        sample_id=row["id"], kind=row["kind"], parts=tuple(parts), meta=json.loads(row["meta"])
+    )
+    problems = document.problems()
+    if problems:
+        raise ValueError("; ".join(problems))
+    return document
+
+
+def _part_to_json(part: Part) -> dict[str, Any]:
+    entry: dict[str, Any] = {"modality": part.modality.value}
+    if part.modality is Modality.text:
+        entry["text"] = part.text
+    else:
+        entry["sizes"] = [len(blob) for blob in part.media]
+    if part.match is not None:
+        entry["match"] = part.match
+    if part.time is not None:
+        entry["time"] = part.time
+    return entry
