@@ -9,16 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmtrain.data.rules import Rule
-from mmtrain.errors import Problem
+from mmtrain.data.vocabulary import load_vocabulary
+from mmtrain.errors import MmtrainError, Problem
 from mmtrain.layout.dims import dims_for
 from mmtrain.layout.names import covers
 from mmtrain.models.census import LayerCensus, take_census
 from mmtrain.models.spec import ModelSpec
 from mmtrain.schema import join, suggestion
 from mmtrain.settings import Recipe, SourceConfig
-
-# a folder with any of these is a tokenizer that transformers can read
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 # (key, least allowed, most allowed) of numbers that have a range of their own
 _RANGES: tuple[tuple[str, float, float], ...] = (
@@ -180,9 +178,10 @@ def _patterns(recipe: Recipe, census: list[LayerCensus]) -> Iterator[Problem]:
 
 
 class _AnyIds(dict[str, int]):
-    """Stands for a tokenizer where only lengths are asked for."""
+    """Stands for a tokenizer; afterwards its keys are the tokens that were asked for."""
 
     def __missing__(self, token: str) -> int:
+        self[token] = 0
         return 0
 
 
@@ -195,7 +194,13 @@ def _packs(recipe: Recipe, spec: ModelSpec) -> Iterator[Problem]:
             f"{data.pack_images} images of {group} positions do not fit data.pack_tokens = "
             f"{data.pack_tokens}; use {data.pack_tokens // group} or fewer",
         )
+    context = spec.context(recipe.model)
     for place, source in _all_sources(recipe):
+        if source.max_tokens > context:
+            yield Problem(
+                f"{place}.max_tokens",
+                f"{source.max_tokens} positions are more than the model's context of {context}",
+            )
         if source.rule is Rule.text:
             continue
         images = source.max_images if source.rule is Rule.video else 1
@@ -259,15 +264,31 @@ def _sources(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
-def missing_files(recipe: Recipe) -> Iterator[Problem]:
-    """Every file and folder that a recipe names and that is not there."""
-    tokenizer = Path(recipe.data.tokenizer)
-    if not tokenizer.is_dir():
-        yield Problem("data.tokenizer", f"there is no folder {tokenizer}")
-    elif not any((tokenizer / name).is_file() for name in _TOKENIZER_FILES):
+def _tokenizer(recipe: Recipe, spec: ModelSpec) -> Iterator[Problem]:
+    folder = Path(recipe.data.tokenizer)
+    if not folder.is_dir():
+        yield Problem("data.tokenizer", f"there is no folder {folder}")
+        return
+    asked = _AnyIds()
+    spec.sequence(recipe.model, asked)
+    try:
+        vocabulary = load_vocabulary(folder)
+        vocabulary.require(list(asked))
+    except MmtrainError as error:
+        yield Problem("data.tokenizer", str(error))
+        return
+    rows = spec.vocabulary(recipe.model)
+    if vocabulary.size > rows:
         yield Problem(
-            "data.tokenizer", f"the folder {tokenizer} holds none of {', '.join(_TOKENIZER_FILES)}"
+            "data.tokenizer",
+            f"{folder} has {vocabulary.size} tokens, but the model's vocabulary is {rows}; raise "
+            "the model's, or use another tokenizer",
         )
+
+
+def missing_files(recipe: Recipe, spec: ModelSpec) -> Iterator[Problem]:
+    """Every file and folder that a recipe names and that is not there, or not what it must be."""
+    yield from _tokenizer(recipe, spec)
     for place, source in _all_sources(recipe):
         if source.remote is not None:
             continue  # fetched when needed

@@ -80,14 +80,14 @@ def examine(
         return Examined(None, tuple(found))
     late = faults.problems(recipe, spec, world_size)
     found += [p for p in late if not _mentions(p, reader.doubtful)]
-    missing = [p for p in faults.missing_files(recipe) if not _mentions(p, reader.doubtful)]
+    missing = [p for p in faults.missing_files(recipe, spec) if not _mentions(p, reader.doubtful)]
     return Examined(recipe, tuple(found), tuple(missing))
 
 
 def problems(recipe: Recipe, world_size: int | None = None) -> list[Problem]:
     """Every fault of a well-typed recipe; see `mmtrain.faults`."""
     spec = FAMILIES[recipe.family]
-    return [*faults.problems(recipe, spec, world_size), *faults.missing_files(recipe)]
+    return [*faults.problems(recipe, spec, world_size), *faults.missing_files(recipe, spec)]
 
 
 def to_yaml(recipe: Recipe) -> str:

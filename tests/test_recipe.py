@@ -5,6 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from mmtrain.errors import RecipeError
 from mmtrain.recipe import load, problems, to_yaml
@@ -226,6 +229,19 @@ def test_every_missing_file_is_named(tiny: Path, shapes: Path) -> None:
     assert "holds none of tokenizer.json" in only(tiny, f"data.tokenizer={shapes}")
 
 
+def test_a_tokenizer_must_fit_the_model(tiny: Path) -> None:
+    fault = only(tiny, "model.language.vocabulary=100")
+    assert fault.startswith("data.tokenizer: ") and "but the model's vocabulary is 100" in fault
+
+
+def test_a_tokenizer_must_have_the_special_tokens(tiny: Path) -> None:
+    plain = tiny.parent / "plain"
+    tokenizer = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "red": 2}, unk_token="red"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(plain)
+    fault = only(tiny, f"data.tokenizer={plain}")
+    assert "lacks the special tokens ['[PAD]', '[IMG]', '[/IMG]', '<image>']" in fault
+
+
 def test_shards_of_a_remote_need_not_be_here(tiny: Path) -> None:
     source = "data.sources.captions"
     recipe = load(tiny, [f"{source}.path=cache", f"{source}.remote=s3://bucket/captions"])
@@ -266,9 +282,14 @@ def test_shards_of_a_remote_need_not_be_here(tiny: Path) -> None:
         (["parallel.pipeline=9"], None, ("9 stages for 8 layers",)),
         (["data.pack_images=30"], None, ("30 images of 6 positions", "21 or fewer")),
         (
-            ["data.sources.captions.max_tokens=200"],
+            ["data.sources.captions.max_tokens=200", "model.language.context=256"],
             None,
             ("max_tokens: 200", "data.pack_tokens = 128"),
+        ),
+        (
+            ["data.sources.captions.max_tokens=100"],
+            None,
+            ("100 positions are more than the model's context of 64",),
         ),
         (["data.sources.captions.max_tokens=8"], None, ("hold no pair", "take 9 or more")),
         (["data.sources.captions.max_images=5"], None, ("found 5", "data.pack_images = 4")),

@@ -47,6 +47,8 @@ class ModelSpec:
         losses: names of the losses, e.g. `("text", "image")`.
         fields: names of the integer fields of the input flow, in order.
         sequence: config -> how documents become token rows.
+        context: config -> positions of the longest document.
+        vocabulary: config -> rows of the token table; a tokenizer may have fewer tokens.
     """
 
     name: str
@@ -59,3 +61,5 @@ class ModelSpec:
     losses: tuple[str, ...]
     fields: tuple[str, ...]
     sequence: Callable[[Any, Mapping[str, int]], SequenceFormat]
+    context: Callable[[Any], int]
+    vocabulary: Callable[[Any], int]

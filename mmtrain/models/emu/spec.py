@@ -257,4 +257,6 @@ EMU = ModelSpec(
     losses=("text", "image"),
     fields=FIELDS,
     sequence=sequence,
+    context=lambda config: int(config.language.context),
+    vocabulary=lambda config: int(config.language.vocabulary),
 )
