@@ -24,16 +24,16 @@ from mmtrain.train.engine import Engine
 from mmtrain.train.state import TrainState
 
 
-def _masters(optimizer: Any) -> list[Tensor]:
-    """The tensors the inner optimizer updates, in a fixed order."""
+def _masters(optimizer: Any) -> tuple[list[Tensor], bool]:
+    """The tensors the inner optimizer updates, in a fixed order; whether they are copies."""
     for attribute in (
         "fp32_partitioned_groups_flat",  # ZeRO-3
         "single_partition_of_fp32_groups",  # ZeRO-1 and 2
         "fp32_groups_flat_partition",  # bf16 without ZeRO
     ):
         if hasattr(optimizer, attribute):
-            return list(getattr(optimizer, attribute))
-    return [p for group in optimizer.param_groups for p in group["params"]]
+            return list(getattr(optimizer, attribute)), True
+    return [p for group in optimizer.param_groups for p in group["params"]], False
 
 
 def _local(parameter: Any) -> Tensor:
@@ -51,8 +51,10 @@ def _optimizer_state(engine: Engine) -> dict[str, Tensor]:
     optimizer = engine.deepspeed.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
     out: dict[str, Tensor] = {}
-    for number, master in enumerate(_masters(optimizer)):
-        out[f"master/{number}"] = master.data
+    masters, copies = _masters(optimizer)
+    for number, master in enumerate(masters):
+        if copies:  # else the weights themselves, saved by name
+            out[f"master/{number}"] = master.data
         for key, value in inner.state[master].items():
             out[f"moment/{number}/{key}"] = torch.as_tensor(value)
     return out
@@ -135,8 +137,10 @@ def restore(engine: Engine, folder: Path) -> TrainState:
             _copy(saved, key, held, folder)
         optimizer = engine.deepspeed.optimizer
         inner = getattr(optimizer, "optimizer", optimizer)
-        for number, master in enumerate(_masters(optimizer)):
-            _copy(saved, f"master/{number}", master.data, folder)
+        masters, copies = _masters(optimizer)
+        for number, master in enumerate(masters):
+            if copies:
+                _copy(saved, f"master/{number}", master.data, folder)
             prefix = f"moment/{number}/"
             inner.state[master] = {
                 key.removeprefix(prefix): _place(tensor, master)

@@ -1,0 +1,73 @@
+"""Starts ranks quickly: one process imports everything once, then forks a world for each request.
+
+Reads one JSON request a line (`world`, `argv`, `env`, `log`), answers with the exit codes. Every
+rank calls `mmtrain.cli.main(argv)`, the function behind the `mmtrain` command, with the
+environment a launcher would give it.
+"""
+
+import json
+import os
+import socket
+import sys
+import traceback
+from typing import Any
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def become_rank(rank: int, request: dict[str, Any], port: int) -> None:
+    """Run the command as one rank and leave with its exit code."""
+    log = os.open(f"{request['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(request["world"]),
+        LOCAL_WORLD_SIZE=str(request["world"]),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        **request["env"],
+    )
+    code = 1
+    try:
+        from mmtrain.cli import main
+
+        code = int(main(request["argv"]))
+    except SystemExit as leaving:
+        code = int(leaving.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> None:
+    """Serve requests until standard input ends."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import mmtrain.cli
+    import mmtrain.run  # noqa: F401 the heavy import, once
+
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request, port = json.loads(line), free_port()
+        children = []
+        for rank in range(request["world"]):
+            child = os.fork()
+            if child == 0:
+                become_rank(rank, request, port)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        answers.write(json.dumps(codes) + "\n")
+
+
+if __name__ == "__main__":
+    main()
