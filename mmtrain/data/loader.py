@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmtrain.data.assemble import Assembler, Failure
 from mmtrain.data.batch import Batch
 from mmtrain.data.pack import Mark, PackPlan, Plan
-from mmtrain.errors import ContentError, Problem, RecipeError
+from mmtrain.errors import ContentError, Problem, RecipeError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Loader:
 
         Raises:
             ContentError: too many documents failed to decode, or a shard is damaged.
-            MissingError, StorageError: a shard cannot be had.
+            MissingError, StorageError: a shard cannot be had, or a worker died or hangs.
         """
         if self._results is None or number != self.next_step:
             self.close()
@@ -142,7 +142,7 @@ class Loader:
 
     def _next(self) -> Batch:
         assert self._results is not None
-        batch, failures, documents = next(self._results)
+        batch, failures, documents = _take(self._results)
         self.documents += documents
         for failure in failures:
             kind = (failure.source, failure.reason)
@@ -199,7 +199,9 @@ def heldout_batches(
             numbers = range(start, start + micro_batch_packs)
             yield tuple(plan.pack(n) if n < count else PackPlan(n, ()) for n in numbers)
 
-    for batch, failures, _ in _results(assembler, work(), workers, timeout_seconds):
+    results = _results(assembler, work(), workers, timeout_seconds)
+    for _ in range(rounds):
+        batch, failures, _ = _take(results)
         if failures:
             first_failure = failures[0]
             raise ContentError(
@@ -207,6 +209,16 @@ def heldout_batches(
                 f"be decoded: {first_failure.reason}; held-out data must be whole"
             )
         yield batch
+
+
+def _take(results: Iterator[_Result]) -> _Result:
+    """The next result; a worker that died or hangs is a fault of the machine, worth a retry."""
+    try:
+        return next(results)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader"):  # torch 2.15: both messages begin so
+            raise
+        raise StorageError(f"a data worker is gone or hangs: {error}") from error
 
 
 def _results(

@@ -1,5 +1,8 @@
 """A step is a pure function of its number, whatever ranks, accumulation and workers."""
 
+import multiprocessing
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,7 +20,7 @@ from mmtrain.data.pack import Plan
 from mmtrain.data.rules import Rule, RuleOptions
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary
-from mmtrain.errors import ContentError, RecipeError
+from mmtrain.errors import ContentError, RecipeError, StorageError
 
 TOKENS = 96
 Make = Callable[..., Loader]
@@ -177,6 +180,36 @@ def test_a_damaged_shard_reaches_the_rank_as_it_is(
     loader = Loader(plan, assembler, global_batch_packs=1, micro_batch_packs=1, workers=workers)
     with pytest.raises(ContentError, match="is damaged"):
         loader.step(0)
+
+
+def test_a_killed_or_hanging_worker_is_a_fault_worth_a_retry(
+    sources: list[Source], vocabulary: Vocabulary, layout: SequenceFormat
+) -> None:
+    class Hanging:
+        def document(self, number: int) -> Document:
+            time.sleep(2)
+            raise AssertionError("never")
+
+    hanging = [replace(source, documents=Hanging()) for source in sources]
+    plan = plan_of(Mixture(hanging, seed=0), layout)
+    assembler = Assembler(sources=hanging, vocabulary=vocabulary, layout=layout, pack_tokens=TOKENS)
+    loader = Loader(
+        plan,
+        assembler,
+        global_batch_packs=1,
+        micro_batch_packs=1,
+        workers=1,
+        timeout_seconds=0.5,
+    )
+    with pytest.raises(StorageError, match="gone or hangs: DataLoader timed out"):
+        loader.step(0)
+    loader.close()
+    loader = Loader(plan, assembler, global_batch_packs=1, micro_batch_packs=1, workers=1)
+    killer = threading.Timer(0.5, lambda: [c.kill() for c in multiprocessing.active_children()])
+    killer.start()
+    with pytest.raises(StorageError, match="gone or hangs: DataLoader worker"):
+        loader.step(0)
+    killer.join()
 
 
 @pytest.mark.parametrize("ranks, micro", [(1, 1), (2, 1), (3, 2), (4, 1)])

@@ -1,6 +1,8 @@
 """Every rule keeps its limits, cuts no image and is a pure function; each does what it says."""
 
 import itertools
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -227,6 +229,15 @@ def test_text_only_drops_images_and_moves_its_window_over_long_documents() -> No
 def test_nothing_to_learn_gives_an_empty_selection(rule: Rule) -> None:
     assert chosen([], rule=rule) == Selection((), WRAPPER_POSITIONS, 0)
     assert chosen([text(0)], rule=rule).pieces == ()
+
+
+def test_rules_load_no_engine() -> None:
+    """A recipe names rules; checking one must not take seconds of imports."""
+    script = (
+        "import sys, mmtrain.data.rules; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'streaming')))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_draws_are_the_same_on_every_machine() -> None:
