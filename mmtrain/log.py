@@ -6,6 +6,7 @@ Rank 0 writes to the terminal and to the run's `log.txt`; other ranks only warn.
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 ROOT = "mmtrain"
@@ -21,6 +22,8 @@ def start(rank: int, world_size: int = 1) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_format(rank, world_size))
     root.handlers[:] = [handler]
+    # Megatron-core 0.16.1 says four times which optimizers it will not use; neither do we
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 
 
 def add_file(path: Path, rank: int = 0, world_size: int = 1) -> None:
