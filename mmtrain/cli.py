@@ -139,11 +139,11 @@ def _data_look(arguments: Arguments) -> int:
 def _sample(arguments: Arguments) -> int:
     options = vars(arguments)
     names = ("run", "prompt", "method", "top_p", "beams", "new_tokens", "seed", "checkpoint", "out")
-    return int(_function("mmtrain.run", "sample")(**{name: options[name] for name in names}))
+    return int(_function("mmtrain.sample", "sample")(**{name: options[name] for name in names}))
 
 
 def _evaluate(arguments: Arguments) -> int:
-    evaluate = _function("mmtrain.run", "evaluate")
+    evaluate = _function("mmtrain.sample", "evaluate")
     return int(evaluate(arguments.run, arguments.checkpoint, arguments.documents))
 
 

@@ -69,19 +69,9 @@ class Setting:
 
 
 def read_setting(recipe: Recipe) -> Setting:
-    """Family, tokenizer and parameter shapes of a recipe.
-
-    Raises:
-        ContentError: the tokenizer lacks special tokens, or has more tokens than the model.
-    """
+    """Family, tokenizer and parameter shapes of a checked recipe."""
     spec = FAMILIES[recipe.family]
     vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
-    rows = recipe.model.language.vocabulary
-    if vocabulary.size > rows:
-        raise ContentError(
-            f"data.tokenizer {vocabulary.folder} has {vocabulary.size} tokens, "
-            f"model.language.vocabulary is {rows}; raise it to {vocabulary.size} or more"
-        )
     census = take_census(spec, recipe.model)
     shapes = {name: shape for layer in census for name, shape in layer.shapes.items()}
     return Setting(recipe, spec, vocabulary, spec.sequence(recipe.model, vocabulary.ids), shapes)

@@ -40,10 +40,22 @@ def draw_pack(
     Returns:
         An RGB picture; its height follows from what is drawn.
     """
+    drawn = list(contents(batch, vocabulary, layout))[:documents]
+    return draw_rows(drawn, width=width, thumbnail=thumbnail)
+
+
+def draw_rows(
+    contents: Sequence[Sequence[str | Image.Image]], *, width: int = 900, thumbnail: int = 64
+) -> Image.Image:
+    """Draw rows of words and pictures below each other.
+
+    Args:
+        contents: texts and pictures of each row, in order.
+        width: of the picture, pixels.
+        thumbnail: side of an image, pixels.
+    """
     font = ImageFont.load_default(_TEXT_SIZE)
-    rows = []
-    for content in list(contents(batch, vocabulary, layout))[:documents]:
-        rows.append(_draw_document(content, font, width - 2 * _GAP, thumbnail))
+    rows = [_draw_document(row, font, width - 2 * _GAP, thumbnail) for row in contents]
     height = sum(row.height + 2 * _GAP for row in rows) + _GAP
     page = Image.new("RGB", (width, max(height, _TEXT_SIZE)), _PAPER)
     pen, top = ImageDraw.Draw(page), _GAP

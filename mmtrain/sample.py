@@ -1,0 +1,386 @@
+"""What a trained run writes: text after prompts that may hold images, images after text.
+
+One process, whatever layout trained the run: full tensors are merged from the checkpoint by name.
+Until a visual decoder is trained, an image is shown as the training images whose embeddings lie
+nearest to the one that was written.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmtrain import recipe as recipes
+from mmtrain.checkpoint import portable
+from mmtrain.checkpoint.portable import FullTensors
+from mmtrain.data import images
+from mmtrain.data.document import Document, Modality
+from mmtrain.data.picture import draw_rows
+from mmtrain.data.shapes_text import judge
+from mmtrain.data.shards import Shards, open_shards
+from mmtrain.data.tokens import SequenceFormat
+from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
+from mmtrain.errors import ContentError, ExitCode, MissingError, Problem, RecipeError
+from mmtrain.models.emu.generate import Beams, Choose, EmuSampler, Nucleus, Prompt, greedy
+from mmtrain.models.families import FAMILIES
+from mmtrain.models.spec import ModelSpec
+from mmtrain.settings import Recipe, SourceConfig
+
+log = logging.getLogger(__name__)
+
+_IMAGE = re.compile(r"\[([^\[\]]+\.(?:png|jpe?g|webp))\]", re.IGNORECASE)
+_ASKS_IMAGE = "[IMG]"
+_BATCH = 64  # prompts written at a time
+_CANDIDATES = 512  # training images a written image is compared with
+_NEAREST = 5
+
+Row = list[str | Image.Image]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that can write."""
+
+    folder: Path
+    recipe: Recipe
+    vocabulary: Vocabulary
+    layout: SequenceFormat
+    sampler: EmuSampler
+
+    def prompt(self, pieces: Sequence[str | Image.Image]) -> Prompt:
+        """<s>, then texts and pictures in order."""
+        layout = self.layout
+        group = [layout.image_begin, *[layout.image_slot] * layout.visual_tokens, layout.image_end]
+        tokens, pixels = [layout.bos], []
+        for piece in pieces:
+            if isinstance(piece, str):
+                tokens += self.vocabulary.encode(piece) if piece.strip() else []
+            else:
+                tokens += group
+                pixels.append(_pixels(piece, layout))
+        context = FAMILIES[self.recipe.family].context(self.recipe.model)
+        if len(tokens) >= context:
+            raise ContentError(
+                f"a prompt of {len(tokens)} positions leaves no room in a context of {context}; "
+                "shorten it or leave images out"
+            )
+        return Prompt(tuple(tokens), torch.stack(pixels) if pixels else None)
+
+    def write(
+        self, prompts: Sequence[Prompt], new_tokens: int, choose: Choose = greedy
+    ) -> list[str]:
+        """Text after each prompt."""
+        out = []
+        for start in range(0, len(prompts), _BATCH):
+            ids = self.sampler.text(prompts[start : start + _BATCH], new_tokens, choose)
+            out += [self.vocabulary.decode(row) for row in ids]
+        return out
+
+
+def _pixels(picture: Image.Image, layout: SequenceFormat) -> Tensor:
+    return images.decode(images.encode_png(picture.convert("RGB")), layout)
+
+
+def load_run(run: Path, checkpoint: str | None = None) -> Trained:
+    """Read a run's recipe, tokenizer and weights.
+
+    Raises:
+        MissingError: a part of the run is not there.
+        RecipeError: its recipe has faults.
+    """
+    seen = recipes.examine(run / "recipe.yaml")
+    if seen.recipe is None or seen.faults:
+        raise RecipeError(seen.faults)
+    recipe = seen.recipe
+    spec = FAMILIES[recipe.family]
+    vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
+    tensors = portable.open_tensors(run / "checkpoints" / checkpoint if checkpoint else run)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layout = spec.sequence(recipe.model, vocabulary.ids)
+    sampler = EmuSampler(load_layers(spec, recipe.model, tensors, device), layout)
+    return Trained(run, recipe, vocabulary, layout, sampler)
+
+
+def load_layers(
+    spec: ModelSpec, config: Any, tensors: FullTensors, device: torch.device
+) -> dict[str, torch.nn.Module]:
+    """Every layer of a family with the given weights, on one device, in order of the fold."""
+    out = {}
+    for layer in spec.layers(config):
+        with torch.device("meta"):
+            module = layer.build()
+        for path, owner in module.named_modules():
+            for leaf in list(owner._parameters):
+                if owner._parameters[leaf] is not None:
+                    name = ".".join(part for part in (layer.name, path, leaf) if part)
+                    parameter = torch.nn.Parameter(tensors.get(name).to(device))
+                    owner._parameters[leaf] = parameter.requires_grad_(False)
+        out[layer.name] = module.eval()
+    return out
+
+
+# --- sample --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """How text is chosen."""
+
+    method: str
+    top_p: float
+    beams: int
+    new_tokens: int
+    seed: int
+
+    def writer(self, trained: Trained) -> Callable[[Sequence[Prompt]], list[str]]:
+        """The function that continues prompts."""
+        if self.method != "beam":
+            choose: Choose = greedy
+            if self.method == "top-p":
+                choose = Nucleus(top_p=self.top_p, seed=self.seed)
+            return lambda prompts: trained.write(prompts, self.new_tokens, choose)
+        beams = Beams(beams=self.beams, new_tokens=self.new_tokens)
+        decode = trained.vocabulary.decode
+        return lambda prompts: [decode(trained.sampler.beam(p, beams)) for p in prompts]
+
+
+def sample(
+    run: Path,
+    prompt: Sequence[str],
+    method: str,
+    top_p: float,
+    beams: int,
+    new_tokens: int,
+    seed: int,
+    checkpoint: str | None,
+    out: Path | None,
+) -> int:
+    """Write text and images with a run; pictures and `samples.jsonl` go to `out`.
+
+    Args:
+        run: the run's folder.
+        prompt: texts with images as `[path.png]`; one that ends with `[IMG]` asks for an image.
+            Held-out documents of the recipe serve when there is none.
+        method: greedy, top-p or beam.
+        top_p: probability mass that top-p draws from.
+        beams: width of the beam.
+        new_tokens: of text at most.
+        seed: of top-p.
+        checkpoint: name of a checkpoint, or None for the newest.
+        out: folder, or None for `samples` in the run's folder.
+    """
+    texts = [_parse(words) for words in prompt]  # before the weights are read
+    trained = load_run(run, checkpoint)
+    if not texts:
+        texts = list(_heldout_prompts(trained))
+    write = Options(method, top_p, beams, new_tokens, seed).writer(trained)
+    asked = [pieces for pieces, wants_image in texts if not wants_image]
+    wanted = [pieces for pieces, wants_image in texts if wants_image]
+    folder = out or run / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    records: list[dict[str, Any]] = []
+    if asked:
+        written = write([trained.prompt(pieces) for pieces in asked])
+        rows: list[Row] = [[*pieces, "->", text] for pieces, text in zip(asked, written, strict=True)]
+        _show(rows, folder / "text.png")
+        for pieces, text in zip(asked, written, strict=True):
+            records.append({"prompt": _plain(pieces), "text": text})
+            print(f"{_plain(pieces)} -> {text}")
+    if wanted:
+        rows, nearest = [], Gallery.of(trained)
+        rollouts = trained.sampler.rollout([trained.prompt(pieces) for pieces in wanted])
+        for pieces, embedding in zip(wanted, rollouts, strict=True):
+            found = nearest.search(embedding)
+            rows.append([*pieces, "->", *(nearest.picture(index) for index, _ in found)])
+            names = [nearest.names[index] for index, _ in found]
+            error = found[0][1]
+            records.append({"prompt": _plain(pieces), "nearest": names, "error": error})
+            print(f"{_plain(pieces)} -> image like {names[0]} (error {error:.4f})")
+        _show(rows, folder / "images.png")
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "samples.jsonl").write_text(lines)
+    print(f"{folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
+    return ExitCode.DONE
+
+
+def _parse(words: str) -> tuple[Row, bool]:
+    """Texts and pictures of a prompt, and whether it asks for an image.
+
+    Raises:
+        RecipeError: pictures that are not there or cannot be opened, all at once.
+    """
+    wants_image = words.rstrip().endswith(_ASKS_IMAGE)
+    words = words.rstrip().removesuffix(_ASKS_IMAGE) if wants_image else words
+    pieces: Row = []
+    faults = []
+    for index, piece in enumerate(_IMAGE.split(words)):
+        if index % 2 == 0:
+            pieces += [piece] if piece.strip() else []
+            continue
+        try:
+            pieces.append(Image.open(piece).convert("RGB"))
+        except OSError as error:
+            faults.append(Problem("--prompt", f"picture {piece} cannot be opened: {error}"))
+    if faults:
+        raise RecipeError(faults)
+    return pieces, wants_image
+
+
+def _plain(pieces: Row) -> str:
+    return " ".join(piece.strip() if isinstance(piece, str) else "[image]" for piece in pieces)
+
+
+def _show(rows: list[Row], path: Path) -> None:
+    draw_rows(rows).save(path)
+
+
+def _heldout_prompts(trained: Trained, count: int = 6) -> Iterator[tuple[Row, bool]]:
+    """Held-out pictures to be described, and held-out texts to be drawn."""
+    described = [document for _, document in _pairs(trained.recipe.data.heldout, count)]
+    if not described:
+        raise MissingError(
+            "the recipe has no data.heldout source with images; give --prompt, as in "
+            '--prompt "[picture.png]" or --prompt "a red circle [IMG]"'
+        )
+    for document in described[:count]:
+        picture = next(p for p in document.parts if p.modality is not Modality.text)
+        yield [_open(picture.media[0]), str(document.meta.get("prompt", ""))], False
+    for document in described[:count]:
+        yield [next(p.text for p in document.parts if p.modality is Modality.text)], True
+
+
+def _open(blob: bytes) -> Image.Image:
+    from io import BytesIO
+
+    return Image.open(BytesIO(blob)).convert("RGB")
+
+
+def _pairs(sources: dict[str, SourceConfig], count: int) -> Iterator[tuple[str, Document]]:
+    """The first documents of every source that hold both a picture and a text."""
+    for name, config in sources.items():
+        for document in _documents(open_shards(Path(config.path), config.remote), count):
+            kinds = {part.modality for part in document.parts}
+            if Modality.text in kinds and len(kinds) > 1:
+                yield name, document
+
+
+def _documents(shards: Shards, count: int) -> Iterator[Document]:
+    for number in range(min(count, len(shards))):
+        yield shards.document(number)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Training images and their embeddings."""
+
+    names: list[str]
+    blobs: list[bytes]
+    embeddings_NQD: Tensor
+
+    @classmethod
+    def of(cls, trained: Trained) -> "Gallery":
+        """The first single images of the recipe's sources, embedded by the run."""
+        names, blobs = [], []
+        for source, document in _pairs(trained.recipe.data.sources, _CANDIDATES):
+            for part in document.parts:
+                if part.modality is Modality.image and len(blobs) < _CANDIDATES:
+                    names.append(f"{source}/{document.sample_id}")
+                    blobs.append(part.media[0])
+        rows = []
+        with torch.inference_mode():
+            for start in range(0, len(blobs), _BATCH):
+                chunk = blobs[start : start + _BATCH]
+                pixels = torch.stack([images.decode(blob, trained.layout) for blob in chunk])
+                rows.append(trained.sampler.encode(pixels))
+        return cls(names, blobs, torch.cat(rows))
+
+    def search(self, embedding_QD: Tensor) -> list[tuple[int, float]]:
+        """(index, mean squared error) of the nearest images, nearest first."""
+        errors = (self.embeddings_NQD - embedding_QD).float().square().mean((1, 2))
+        found = errors.topk(min(_NEAREST, len(self.names)), largest=False)
+        return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+
+    def picture(self, index: int) -> Image.Image:
+        """A training image."""
+        return _open(self.blobs[index])
+
+
+# --- evaluate ------------------------------------------------------------------------------
+
+
+@dataclass
+class Score:
+    """How many captions were right."""
+
+    right: int = 0
+    asked: int = 0
+
+    @property
+    def share(self) -> float:
+        """Right captions of all."""
+        return self.right / self.asked
+
+
+def evaluate(run: Path, checkpoint: str | None, documents: int) -> int:
+    """Caption held-out pictures and print how many captions are true, by source and category.
+
+    Truth is computed from the facts that the shapes world keeps with every document, so it needs
+    sources made by `mmtrain data shapes`. Figures and every caption go to `evaluation.json`.
+
+    Args:
+        run: the run's folder.
+        checkpoint: name of a checkpoint, or None for the newest.
+        documents: of each source.
+    """
+    trained = load_run(run, checkpoint)
+    heldout = trained.recipe.data.heldout
+    judged = [
+        (name, document)
+        for name, document in _pairs(heldout, documents)
+        if {"category", "objects"} <= set(document.meta)
+    ]
+    if not judged:
+        raise MissingError(
+            f"{run}: no source of data.heldout keeps facts to judge captions by; held-out losses "
+            "are in heldout.jsonl, set validate.every_steps to get them"
+        )
+    asked = [_question(document) for _, document in judged]
+    answers = trained.write([trained.prompt(pieces) for pieces in asked], new_tokens=24)
+    scores: dict[tuple[str, str], Score] = {}
+    captions = []
+    for (name, document), answer in zip(judged, answers, strict=True):
+        prefix = str(document.meta.get("prompt", ""))
+        text = f"{prefix} {answer}".strip()
+        right = judge(text, document.meta)
+        score = scores.setdefault((name, str(document.meta["category"])), Score())
+        score.asked, score.right = score.asked + 1, score.right + right
+        captions.append({"sample": f"{name}/{document.sample_id}", "text": text, "right": right})
+    print(f"{'source':<12}{'category':<20}{'right':>7}{'asked':>7}{'share':>8}")
+    for (name, category), score in sorted(scores.items()):
+        print(f"{name:<12}{category:<20}{score.right:7}{score.asked:7}{score.share:8.1%}")
+    table = [
+        {"source": name, "category": category, "right": s.right, "asked": s.asked}
+        for (name, category), s in sorted(scores.items())
+    ]
+    path = run / "evaluation.json"
+    path.write_text(json.dumps({"scores": table, "captions": captions}, indent=1) + "\n")
+    print(f"every caption: {path}")
+    return ExitCode.DONE
+
+
+def _question(document: Document) -> Row:
+    """The pictures of a document, then the words its caption begins with."""
+    row: Row = [
+        _open(blob)
+        for part in document.parts
+        if part.modality is not Modality.text
+        for blob in part.media[:8]
+    ]
+    return [*row, str(document.meta.get("prompt", ""))]
