@@ -8,7 +8,8 @@ D documents   S parts of all documents
 """
 
 import json
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,30 +75,37 @@ class Lengths:
 
 
 def collect(
-    documents: Sequence[DocumentLengths],
+    documents: Iterable[DocumentLengths],
     *,
     fingerprint: str,
     dataset: str,
     shard_sizes: Sequence[int],
 ) -> Lengths:
-    """Lengths as arrays; `documents` in stored order."""
-    assert sum(shard_sizes) == len(documents), (sum(shard_sizes), len(documents))
-    kinds = tuple(sorted({document.kind for document in documents}))
-    codes = {kind: code for code, kind in enumerate(kinds)}
-    parts = [part for document in documents for part in document.parts]
-    counts = [len(document.parts) for document in documents]
-    ids = [document.sample_id.encode() for document in documents]
-    times = [np.nan if part.time is None else part.time for part in parts]
+    """Lengths as arrays; `documents` in stored order, consumed one by one."""
+    ids: list[bytes] = []
+    kinds: dict[str, int] = {}  # by first appearance
+    codes, counts = array("H"), array("q", [0])
+    modalities, sizes, matches, times = array("B"), array("i"), array("i"), array("d")
+    for document in documents:
+        ids.append(document.sample_id.encode())
+        codes.append(kinds.setdefault(document.kind, len(kinds)))
+        counts.append(len(document.parts))
+        for part in document.parts:
+            modalities.append(_MODALITIES.index(part.modality))
+            sizes.append(part.size)
+            matches.append(-1 if part.match is None else part.match)
+            times.append(float("nan") if part.time is None else part.time)
+    assert sum(shard_sizes) == len(ids), (sum(shard_sizes), len(ids))
     arrays: dict[str, NDArray[Any]] = {
         "ids": np.array(ids, dtype=f"S{max(map(len, ids), default=1)}"),
-        "kinds": np.array([codes[document.kind] for document in documents], np.uint16),
-        "offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        "modalities": np.array([_MODALITIES.index(part.modality) for part in parts], np.uint8),
-        "sizes": np.array([part.size for part in parts], np.int32),
-        "matches": np.array([-1 if p.match is None else p.match for p in parts], np.int32),
+        "kinds": np.array(codes, np.uint16),
+        "offsets": np.cumsum(np.array(counts, np.int64)),
+        "modalities": np.array(modalities, np.uint8),
+        "sizes": np.array(sizes, np.int32),
+        "matches": np.array(matches, np.int32),
         "times": np.array(times, np.float64),
     }
-    return Lengths(fingerprint, dataset, tuple(shard_sizes), kinds, arrays)
+    return Lengths(fingerprint, dataset, tuple(shard_sizes), tuple(kinds), arrays)
 
 
 def folder_name(fingerprint: str) -> str:
@@ -107,8 +115,8 @@ def folder_name(fingerprint: str) -> str:
 
 def save(lengths: Lengths, folder: Path) -> None:
     """Write arrays, then the manifest, into an empty `folder`."""
-    for name, array in lengths.arrays.items():
-        np.save(folder / f"{name}.npy", array, allow_pickle=False)
+    for name, values in lengths.arrays.items():
+        np.save(folder / f"{name}.npy", values, allow_pickle=False)
     manifest = {
         "format": FORMAT,
         "tokenizer": lengths.fingerprint,

@@ -160,7 +160,8 @@ class Shards:
     """Random access to the documents of a local or remote dataset.
 
     A shard is fetched and checked when it is first needed, once per process. Safe to hand to
-    worker processes: it holds paths, no open files.
+    worker processes: it holds paths, no open files. The cache of a remote dataset keeps the index
+    it was begun with: a dataset never changes, a new one has a new name.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -258,9 +259,8 @@ def build_index(path: Path, tokenizer: Path | Vocabulary) -> IndexReport:
             return _report(target, load_lengths(shards, vocabulary))
         except ContentError:
             shutil.rmtree(target)  # stale or damaged: made anew from the shards below
-    counted = [count(shards.document(number), vocabulary) for number in range(len(shards))]
     lengths = length_index.collect(
-        counted,
+        (count(shards.document(number), vocabulary) for number in range(len(shards))),
         fingerprint=vocabulary.fingerprint,
         dataset=shards.dataset,
         shard_sizes=shards.shard_sizes,
