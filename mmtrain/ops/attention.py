@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from mmtrain.ops.select import AttentionBackend, attention_backend
 
@@ -176,10 +176,44 @@ def _tiles(lo: Tensor, hi: Tensor, start: int, stop: int) -> Iterator[Tile]:
 
 
 def _block_mask(lo_T: Tensor, hi_T: Tensor, keys: int) -> BlockMask:
+    """Blocks of 128 x 128 that any row of theirs touches, from the rows' extremes alone.
+
+    `create_block_mask` would evaluate all T x S pairs first. Nothing is read to the host.
+    """
+
     def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return (lo_T[row] <= key) & (key < hi_T[row])
 
-    return create_block_mask(sees, None, None, len(lo_T), keys, device=str(lo_T.device))
+    # rows that fill up the last block must not change its extremes
+    low_first, low_last = _block_extremes(lo_T, neutral_low=keys, neutral_high=0)
+    high_first, high_last = _block_extremes(hi_T, neutral_low=keys, neutral_high=0)
+    start = torch.arange(0, keys, TILE_ROWS, device=lo_T.device)
+    touched = (low_first < start + TILE_ROWS) & (high_last > start)
+    full = touched & (low_last <= start) & (high_first >= start + TILE_ROWS)
+    return BlockMask.from_kv_blocks(
+        *_ordered(touched & ~full),
+        *_ordered(full),
+        BLOCK_SIZE=TILE_ROWS,
+        mask_mod=sees,
+        seq_lengths=(len(lo_T), keys),
+    )
+
+
+def _block_extremes(x_T: Tensor, *, neutral_low: int, neutral_high: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest entry of each block of rows, both `[blocks, 1]`."""
+    room = -len(x_T) % TILE_ROWS
+    low, high = (
+        functional.pad(x_T, (0, room), value=value).view(-1, TILE_ROWS)
+        for value in (neutral_low, neutral_high)
+    )
+    return low.amin(1, keepdim=True), high.amax(1, keepdim=True)
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of rows has, and which come first, in flex's layout."""
+    count = blocks.sum(-1, dtype=torch.int32)
+    index = blocks.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return count[None, None], index[None, None]
 
 
 @cache
