@@ -6,15 +6,13 @@ handlers before them.
 """
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mmtrain import log
+from mmtrain import __version__, log
 from mmtrain.errors import ExitCode, MmtrainError, RecipeError
 from mmtrain.layout.ranks import launched
 
@@ -81,7 +79,14 @@ def _train(arguments: Arguments) -> int:
     from mmtrain.recipe import load
 
     recipe = load(arguments.recipe, arguments.overrides, launched(os.environ).world_size)
-    return int(_function("mmtrain.run", "train")(recipe))
+    log.quiet_imports()
+    import torch
+
+    if not torch.cuda.is_available():  # DeepSpeed guesses at its import, and warns
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from mmtrain.run import train
+
+    return train(recipe)
 
 
 def _check(arguments: Arguments) -> int:
@@ -131,31 +136,29 @@ def _data_index(arguments: Arguments) -> int:
 
 def _data_look(arguments: Arguments) -> int:
     from mmtrain.recipe import load
+    from mmtrain.run import look
 
-    recipe = load(arguments.recipe, arguments.overrides)
-    return int(_function("mmtrain.run", "look")(recipe, arguments.packs, arguments.out))
+    return look(load(arguments.recipe, arguments.overrides), arguments.packs, arguments.out)
 
 
 def _sample(arguments: Arguments) -> int:
+    from mmtrain.sample import sample
+
     options = vars(arguments)
     names = ("run", "prompt", "method", "top_p", "beams", "new_tokens", "seed", "checkpoint", "out")
-    return int(_function("mmtrain.sample", "sample")(**{name: options[name] for name in names}))
+    return sample(**{name: options[name] for name in names})
 
 
 def _evaluate(arguments: Arguments) -> int:
-    evaluate = _function("mmtrain.sample", "evaluate")
-    return int(evaluate(arguments.run, arguments.checkpoint, arguments.documents))
+    from mmtrain.sample import evaluate
+
+    return evaluate(arguments.run, arguments.checkpoint, arguments.documents)
 
 
 def _convert(arguments: Arguments) -> int:
-    convert = _function("mmtrain.run", "convert")
-    return int(convert(arguments.run, arguments.checkpoint, arguments.out))
+    from mmtrain.run import convert
 
-
-def _function(module: str, name: str) -> Callable[..., Any]:
-    """A function of a heavy room, by name: the one place where the rooms are wired in."""
-    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return function
+    return convert(arguments.run, arguments.checkpoint, arguments.out)
 
 
 def _takes_recipe(parser: argparse.ArgumentParser) -> None:
@@ -268,7 +271,7 @@ COMMANDS = (
     Command("data index", "count tokens and images of shards", _takes_index, _data_index),
     Command("data look", "draw packs of a recipe as pictures", _takes_look, _data_look),
     Command("sample", "write text and images with a run", _takes_sample, _sample),
-    Command("evaluate", "held-out losses and caption accuracy", _takes_evaluate, _evaluate),
+    Command("evaluate", "how many held-out captions are true", _takes_evaluate, _evaluate),
     Command("convert", "export full tensors as safetensors", _takes_convert, _convert),
 )
 
@@ -280,6 +283,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     # the deepspeed launcher puts it before the command; the rank is read from the environment
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     groups = {"": parser.add_subparsers(title="commands", metavar="COMMAND", required=True)}

@@ -1,7 +1,7 @@
 """Log lines: one event with its numbers, `step 1200 loss 2.314 grad 0.91 tokens/s 412k`.
 
 Every room logs through `logging.getLogger(__name__)`; this file decides once where lines go.
-Rank 0 writes to the terminal and to the run's `log.txt`; other ranks only warn.
+Rank 0 writes to the terminal and, in more detail, to the run's `log.txt`; other ranks only warn.
 """
 
 import logging
@@ -17,13 +17,12 @@ _TALKATIVE = ("DeepSpeed", "megatron", "streaming", "transformers", "torch.distr
 def start(rank: int, world_size: int = 1) -> None:
     """Send the log to the terminal; call it once, before the heavy imports."""
     root = logging.getLogger(ROOT)
-    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    root.setLevel(logging.DEBUG if rank == 0 else logging.WARNING)
     root.propagate = False
     handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.INFO)  # what is below goes to the run's file alone
     handler.setFormatter(_format(rank, world_size))
     root.handlers[:] = [handler]
-    # Megatron-core 0.16.1 says four times which optimizers it will not use; neither do we
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 
 
 def add_file(path: Path, rank: int = 0, world_size: int = 1) -> None:
@@ -32,6 +31,12 @@ def add_file(path: Path, rank: int = 0, world_size: int = 1) -> None:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(_format(rank, world_size))
     logging.getLogger(ROOT).addHandler(handler)
+
+
+def quiet_imports() -> None:
+    """Drop what the engines say about optional parts while they are imported; call it before."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA toolkit
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 
 
 def quiet_engines() -> None:
