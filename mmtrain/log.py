@@ -20,7 +20,8 @@ def start(rank: int, world_size: int = 1) -> None:
     root.setLevel(logging.DEBUG if rank == 0 else logging.WARNING)
     root.propagate = False
     handler = logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.INFO)  # what is below goes to the run's file alone
+    # a filter, not a level: the progress bar's handler takes over filters alone
+    handler.addFilter(lambda record: record.levelno >= logging.INFO)
     handler.setFormatter(_format(rank, world_size))
     root.handlers[:] = [handler]
 

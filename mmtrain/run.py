@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mmtrain import log as logs
 from mmtrain import recipe as recipes
@@ -95,7 +96,8 @@ def train(recipe: Recipe) -> int:
         _write_recipe(setting, mesh, state)
         parts = _parts(setting, mesh, engine, state)
         try:
-            loop.run(parts, _loop_plan(recipe), state)
+            with logging_redirect_tqdm([logging.getLogger(logs.ROOT)]):
+                loop.run(parts, _loop_plan(recipe), state)
         finally:
             if parts.reporter is not None:
                 parts.reporter.close()

@@ -22,6 +22,7 @@ from torch import Tensor
 from mmtrain.layout.dims import ParallelDims
 from mmtrain.layout.ranks import launched
 
+
 @dataclass(frozen=True)
 class Mesh:
     """This rank's place in the layout, its device and its groups.
@@ -122,8 +123,6 @@ def _complete_environment() -> None:
         with socket.socket() as probe:  # a free port; only a lone process gets here
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @contextmanager

@@ -7,9 +7,11 @@ has a reporter.
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from PIL.Image import Image
@@ -20,6 +22,8 @@ from tqdm import tqdm
 from mmtrain.train.state import LossSums, StepReport, TrainState
 
 log = logging.getLogger(__name__)
+
+_LINE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +82,15 @@ class Reporter:
         partial.rename(path)
         self._lines = path.open("a", buffering=1)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=state.step + 1)
-        self.bar = tqdm(total=steps, initial=state.step, unit="step", dynamic_ncols=True)
+        self._on_screen = sys.stderr.isatty()
+        self._said = -math.inf  # when the last step line went to a terminal without a bar
+        self.bar = tqdm(
+            total=steps,
+            initial=state.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self._on_screen,
+        )
         log.info("MFU is taken of %.3f TFLOP/s (%s)", work.peak_tflops, work.peak_source)
 
     def step(self, step: int, report: StepReport, rates: dict[str, float], write: int) -> None:
@@ -113,7 +125,8 @@ class Reporter:
         self._scalars(step, line, rates, report)
         for module, count in operations.items():
             self.board.add_scalar(f"flops/{module}", count, step)
-        log.info(
+        log.log(
+            self._level(step),
             "step %d loss %.6f grad %.4f tokens/s %.0f mfu %.3f",
             step,
             report.loss,
@@ -121,6 +134,14 @@ class Reporter:
             tokens_per_second,
             mfu,
         )
+
+    def _level(self, step: int) -> int:
+        """Every step goes to the log file; a terminal without a bar gets a line now and then."""
+        now = monotonic()
+        if self._on_screen or (now - self._said < _LINE_SECONDS and step != self.steps):
+            return logging.DEBUG
+        self._said = now
+        return logging.INFO
 
     def _by_source(self, sums: dict[tuple[str, int], LossSums]) -> dict[str, float]:
         return {

@@ -82,3 +82,29 @@ def test_trunk_switches_do_not_depend_on_the_layout(
         f"{norm}-{attention}-2", 2, *chosen, "parallel.tensor=2", "parallel.sequence=true"
     )
     check_equal(two, one)
+
+
+# one document fits a pack, and a document is either one picture with its caption or text alone
+SPLIT = (
+    "data.pack_tokens=24",
+    "data.pack_images=1",
+    "data.sources.pages=null",
+    "data.sources.clips=null",
+    "data.sources.boards=null",
+    "data.sources.captions.max_tokens=24",
+    "data.sources.captions.weight=1",
+    "data.sources.text.max_tokens=24",
+    "train.global_batch_packs=2",
+)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_rank_with_text_alone_trains_beside_one_with_images(world: World, zero: int) -> None:
+    """Ranks without images must enter the same collectives, and change nothing."""
+    one = world.train(f"split-{zero}-1", 1, *SPLIT)
+    two = world.train(f"split-{zero}-2", 2, *SPLIT, f"parallel.zero_stage={zero}")
+    check_equal(two, one)
+    mixed = [line for line in one if "loss_text/text" in line and "loss_image/captions" in line]
+    text_alone = [line for line in one if line["images"] == 0]
+    assert len(mixed) >= 5 and text_alone, "the data must put text and images on different ranks"
+    assert all(line["loss_image"] == 0.0 for line in text_alone)
