@@ -12,7 +12,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from mmtrain.ops.cross_entropy import token_cross_entropy
 
 IGNORED = -100  # label of a row that predicts nothing
 
@@ -36,9 +37,7 @@ class TokenCrossEntropy(nn.Module):
 
     def forward(self, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
         """Float32 `[T]`, 0 where the label is -100."""
-        return functional.cross_entropy(
-            logits_TV.float(), labels_T, ignore_index=IGNORED, reduction="none"
-        )
+        return token_cross_entropy(logits_TV, labels_T, IGNORED)
 
 
 def weighted_losses(

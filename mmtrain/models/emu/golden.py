@@ -10,7 +10,7 @@ B rows of the folder's batch   L padded length   T packed rows   D width   P reg
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -142,8 +142,10 @@ class Golden:
 
     def form(self) -> SequenceFormat:
         """Special ids and image size."""
-        vocabulary = self.description["llm"]["vocab_size"]
-        return sequence(self.config(vocabulary), self.description["special_tokens"])
+        vision, language = self.description["vision"], self.description["llm"]
+        form = sequence(self.config(language["vocab_size"]), self.description["special_tokens"])
+        mean, std = tuple(vision["image_mean"]), tuple(vision["image_std"])
+        return replace(form, image_mean=mean, image_std=std)
 
     def pretrained(self) -> dict[str, nn.Module]:
         """The pretrain model with the folder's weights."""
