@@ -165,12 +165,21 @@ def test_demo_like_packs_are_nine_tenths_full() -> None:
     assert sum(pack.tokens for pack in packs) / (256 * len(packs)) > 0.9
 
 
-def test_long_and_short_documents_are_spread_over_a_window() -> None:
-    """First-fit-decreasing puts long documents first; a run must not see them in waves."""
-    plan = plan_of(OnePass(lengths_source("p", [(90, 0)] * 50 + [(5, 0)] * 400)), window=450)
-    counts = [len(plan.pack(number).documents) for number in range(plan.packs())]
-    half = len(counts) // 2
-    assert abs(sum(counts[:half]) - sum(counts[half:])) < 0.4 * sum(counts)
+def test_every_pack_of_a_window_holds_the_same_mixture() -> None:
+    """First-fit-decreasing alone makes a pack of clips, then one of text: steps would differ."""
+    sizes = [(60, 4)] * 20 + [(20, 1)] * 60 + [(15, 0)] * 40
+    packs = fit(sizes, 210, 12)
+    for start, stop in ((0, 20), (20, 80), (80, 120)):
+        counts = [sum(start <= index < stop for index in pack) for pack in packs]
+        assert min(counts) >= 1 and max(counts) <= 3 * sum(counts) / len(counts), counts
+    lengths = [sum(sizes[index][0] for index in pack) for pack in packs]
+    assert max(lengths) - min(lengths) <= 40
+
+
+def test_even_packs_are_never_more_than_first_fit_needs() -> None:
+    """Sizes that only fit together in one way: 7 + 3 and 6 + 4, never 6 + 3."""
+    assert sorted(fit([(7, 0), (6, 0), (4, 0), (3, 0)], 10, 0)) == [[0, 3], [1, 2]]
+    assert len(fit([(6, 0), (4, 0), (4, 0), (3, 0), (3, 0)], 10, 0)) == 2
 
 
 def test_documents_without_content_are_left_out() -> None:
