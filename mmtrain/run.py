@@ -195,9 +195,7 @@ def _construction(setting: Setting) -> Construction:
 def _initial(setting: Setting) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
     """Weights by name: from a folder of full tensors when the recipe names one, else drawn."""
     recipe = setting.recipe
-    drawn = partial(
-        _draw, rules=setting.spec.initial(recipe.model), seed=recipe.seed
-    )
+    drawn = partial(_draw, rules=setting.spec.initial(recipe.model), seed=recipe.seed)
     if recipe.train.initialize_from is None:
         return drawn
     source = Path(recipe.train.initialize_from)
@@ -370,9 +368,7 @@ def _reporter(setting: Setting, mesh: Mesh, state: TrainState) -> Reporter:
     recipe = setting.recipe
     peak, source = peak_tflops(mesh.device, recipe.train.precision, recipe.log.peak_tflops)
     work = Work(
-        flops=lambda tokens, images: setting.spec.flops(
-            recipe.model, BatchShape(tokens, images)
-        ),
+        flops=lambda tokens, images: setting.spec.flops(recipe.model, BatchShape(tokens, images)),
         passes=tuple(_passes(setting)),
         pack_tokens=recipe.data.pack_tokens,
         peak_tflops=peak * mesh.dims.world_size,

@@ -188,7 +188,9 @@ def sample(
     records: list[dict[str, Any]] = []
     if asked:
         written = write([trained.prompt(pieces) for pieces in asked])
-        rows: list[Row] = [[*pieces, "->", text] for pieces, text in zip(asked, written, strict=True)]
+        rows: list[Row] = [
+            [*pieces, "->", text] for pieces, text in zip(asked, written, strict=True)
+        ]
         _show(rows, folder / "text.png")
         for pieces, text in zip(asked, written, strict=True):
             records.append({"prompt": _plain(pieces), "text": text})
@@ -287,7 +289,8 @@ class Gallery:
     @classmethod
     def of(cls, trained: Trained) -> "Gallery":
         """The first single images of the recipe's sources, embedded by the run."""
-        names, blobs = [], []
+        names: list[str] = []
+        blobs: list[bytes] = []
         for source, document in _pairs(trained.recipe.data.sources, _CANDIDATES):
             for part in document.parts:
                 if part.modality is Modality.image and len(blobs) < _CANDIDATES:

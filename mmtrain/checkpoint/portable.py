@@ -70,11 +70,10 @@ class CheckpointTensors:
     def _tensor_slice(self, name: str, stage: int, tensor: int) -> Tensor:
         entry, dims = self.manifest.weights[name], self.manifest.dims
         holders = range(dims.data if dims.zero_stage == 3 else 1)
-        shards = []
+        shards: list[Tensor] = []
         for data in holders:
             path = self.folder / store.rank_file(dims.rank((stage, data, tensor)))
-            with safe_open(path, framework="pt") as file:
-                shards.append(file.get_tensor(WEIGHT + name))
+            shards.append(_read(path, WEIGHT + name))
         if dims.zero_stage != 3:
             return shards[0]
         shape = list(entry.shape)
@@ -116,8 +115,13 @@ class ExportedTensors:
 
     def get(self, name: str) -> Tensor:
         """The full tensor."""
-        with safe_open(self.folder / self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        return _read(self.folder / self._files[name], name)
+
+
+def _read(path: Path, key: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(key)
+        return tensor
 
 
 def open_tensors(path: Path) -> FullTensors:

@@ -25,7 +25,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
 # pairs that training never shows; they are drawn only for the held-out source `novel`
 NOVEL = (("purple", "star"), ("orange", "cross"), ("yellow", "ring"))
-RADII = {"small": (5.5, 7.0), "medium": (8.5, 10.5), "large": (12.0, 13.5)}  # pixels
+RADII = {"small": (5.5, 7.0), "medium": (9.0, 11.0), "large": (12.5, 14.0)}  # pixels
 MARGIN = 6.0  # pixels between centres from which a relation in space holds
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 _ZOOM = 4  # drawn so many times larger, then averaged: smooth edges
@@ -68,7 +68,7 @@ def thing(draw: Draw, kind: Kind, x: float, y: float, size: str = "medium") -> d
     }
 
 
-def alone(draw: Draw, kind: Kind, size: str = "medium") -> list[dict[str, Any]]:
+def alone(draw: Draw, kind: Kind, size: str = "large") -> list[dict[str, Any]]:
     """One object anywhere."""
     return [thing(draw, kind, draw.uniform(0, SIDE), draw.uniform(0, SIDE), size)]
 

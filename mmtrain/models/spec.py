@@ -25,10 +25,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The fixed sizes of one micro-batch: packed tokens and image slots."""
+    """Sizes of a micro-batch: packed tokens, and images (a mean may be broken)."""
 
     tokens: int
-    images: int
+    images: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,7 +156,8 @@ class _Part(LayerSpec):  # type: ignore[misc]
     def __init__(self, layer: Builder, construction: Construction, mesh: Mesh) -> None:
         # not calling LayerSpec.__init__: it wants a class and its arguments
         self.layer, self.construction, self.mesh = layer, construction, mesh
-        self.typename, self.module_args, self.module_kwargs = nn.Module, (), {}
+        self.typename, self.module_args = nn.Module, ()
+        self.module_kwargs: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         return self.layer[0]

@@ -78,7 +78,8 @@ class ModelParallelUnit:
     @staticmethod
     def get_model_parallel_group() -> dist.ProcessGroup:
         """Ranks that hold one copy of the model together."""
-        return parallel_state.get_model_parallel_group()
+        group: dist.ProcessGroup = parallel_state.get_model_parallel_group()
+        return group
 
     @staticmethod
     def get_model_parallel_world_size() -> int:
@@ -99,7 +100,8 @@ class ModelParallelUnit:
     @staticmethod
     def get_data_parallel_group() -> dist.ProcessGroup:
         """Ranks that hold the same slices."""
-        return parallel_state.get_data_parallel_group()
+        group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
+        return group
 
     @staticmethod
     def get_data_parallel_world_size() -> int:
@@ -137,9 +139,7 @@ def open_mesh(dims: ParallelDims, timeout_seconds: float) -> Iterator[Mesh]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds)
-    )
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
     try:
         if not cuda:
             # DeepSpeed would compile a shared-memory extension (84 s, and a stale lock of a killed
@@ -168,7 +168,9 @@ def open_mesh(dims: ParallelDims, timeout_seconds: float) -> Iterator[Mesh]:
             tensor=tensor,
             tensor_group=parallel_state.get_tensor_model_parallel_group(),
             data_group=parallel_state.get_data_parallel_group(),
-            device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+            device=torch.device("cuda", torch.cuda.current_device())
+            if cuda
+            else torch.device("cpu"),
         )
     finally:
         parallel_state.destroy_model_parallel()

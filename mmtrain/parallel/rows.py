@@ -75,24 +75,24 @@ class _GatherFeatures(torch.autograd.Function):
 
 
 def gather_features(part: Tensor, group: Group) -> Tensor:
-    """`[..., D / n]` -> `[..., D]`, used alike on every rank: each keeps its part of the gradient."""
-    out: Tensor = _GatherFeatures.apply(part, group)  # type: ignore[no-untyped-call]
+    """`[..., D / n]` -> `[..., D]`, used alike on every rank; each keeps its share of gradient."""
+    out: Tensor = _GatherFeatures.apply(part, group)
     return out
 
 
 def gather_rows(part: Tensor, group: Group) -> Tensor:
     """`[R / n, D]` -> `[R, D]` on every rank; gradients are summed and split."""
-    out: Tensor = _GatherRows.apply(part, group)  # type: ignore[no-untyped-call]
+    out: Tensor = _GatherRows.apply(part, group)
     return out
 
 
 def reduce_scatter_rows(whole: Tensor, group: Group) -> Tensor:
     """Sum `[R, D]` over the ranks and keep this rank's `[R / n, D]`."""
-    out: Tensor = _ReduceScatterRows.apply(whole, group)  # type: ignore[no-untyped-call]
+    out: Tensor = _ReduceScatterRows.apply(whole, group)
     return out
 
 
 def split_rows(whole: Tensor, group: Group) -> Tensor:
     """Keep this rank's `[R / n, D]` of rows that every rank holds; gradients are gathered."""
-    out: Tensor = _SplitRows.apply(whole, group)  # type: ignore[no-untyped-call]
+    out: Tensor = _SplitRows.apply(whole, group)
     return out

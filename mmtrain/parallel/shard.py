@@ -134,8 +134,8 @@ class RowScattered(nn.Module):
         super().__init__()
         assert plain.bias is None, "a bias would need its gradient summed over row parts"
         local = plain.in_features // ranks.count
-        self.weight = nn.Parameter(torch.empty(plain.out_features, local))
-        self.group = ranks.group
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(plain.out_features, local))
+        self.group: dist.ProcessGroup = ranks.group
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply, then reduce-scatter over rows."""
@@ -159,7 +159,6 @@ class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
 
 class VocabCrossEntropy(nn.Module):
     """Token cross-entropy over logits whose vocabulary is split."""
-
 
     def forward(self, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
         """`[T, V / n]`, `[T]` -> float32 `[T]`, 0 where the label is ignored."""
@@ -224,7 +223,7 @@ def _replacement(cut: Cut, plain: nn.Module, ranks: TensorRanks) -> nn.Module:
             return GatherRows(ranks) if ranks.sequence else Enter(ranks)
         case Cut.SCATTER_ROWS, nn.Identity():
             return SplitRows(ranks) if ranks.sequence else plain
-        case (Cut.SHARED | Cut.ROWWISE), _:
+        case ((Cut.SHARED | Cut.ROWWISE), _):
             return plain  # stays whole; `_sum_partial_gradients` sums its gradients
     raise TypeError(f"tensor plan: {cut} does not apply to {type(plain).__name__}")
 
@@ -294,4 +293,4 @@ def sum_partial_gradients(
         fqn = f"{name}.{local}"
         cuts = {plan.cut(fqn), plan.cut(fqn.rpartition(".")[0])}
         if cuts & wanted and parameter.requires_grad:
-            parameter.register_hook(add_up)
+            parameter.register_hook(add_up)  # type: ignore[no-untyped-call]

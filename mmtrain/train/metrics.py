@@ -166,7 +166,9 @@ class Reporter:
 
     def heldout(self, step: int, parts: dict[str, dict[str, float]]) -> None:
         """Report held-out losses (source -> loss name -> mean), also to `heldout.jsonl`."""
-        line = {f"{name}/{source}": v for source, means in parts.items() for name, v in means.items()}
+        line = {
+            f"{name}/{source}": v for source, means in parts.items() for name, v in means.items()
+        }
         with (self.folder / "heldout.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **line}) + "\n")
         for key, value in line.items():

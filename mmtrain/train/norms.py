@@ -23,9 +23,7 @@ class GradientNorms:
         by_layer: canonical layer prefix -> 2-norm; empty when not wanted.
     """
 
-    def __init__(
-        self, engine: Any, layers: Iterable[tuple[str, nn.Module]], mesh: Mesh
-    ) -> None:
+    def __init__(self, engine: Any, layers: Iterable[tuple[str, nn.Module]], mesh: Mesh) -> None:
         """Wrap `engine.optimizer.step`; `layers` are this rank's, by canonical prefix."""
         self.engine, self.mesh = engine, mesh
         self.layers = {id(p): name for name, module in layers for p in module.parameters()}

@@ -97,8 +97,15 @@ def test_another_layout_is_refused_with_both_layouts_named(world: World) -> None
 
 
 def test_frozen_parts_do_not_move_and_the_others_do(world: World) -> None:
-    world.train("start", 1, "train.steps=1", "schedule.warmup_steps=1", "optimizer.learning_rate=0",
-                "optimizer.learning_rates.vision=0", "optimizer.learning_rates.causal=0")
+    world.train(
+        "start",
+        1,
+        "train.steps=1",
+        "schedule.warmup_steps=1",
+        "optimizer.learning_rate=0",
+        "optimizer.learning_rates.vision=0",
+        "optimizer.learning_rates.causal=0",
+    )
     frozen = "train.freeze=[vision,vision_norm]"
     for name, ranks, layout in (("f1", 1, ()), ("f2", 2, ("parallel.pipeline=2",))):
         world.train(name, ranks, "train.steps=3", "schedule.warmup_steps=1", frozen, *layout)
@@ -106,4 +113,6 @@ def test_frozen_parts_do_not_move_and_the_others_do(world: World) -> None:
         moved = {n for n in before.names() if not torch.equal(before.get(n), after.get(n))}
         assert not [n for n in moved if n.startswith("vision")]
         assert {"embed.tokens.weight", "causal.queries", "head.regress.weight"} <= moved
-    assert world.metrics("f1")[-1]["loss"] == pytest.approx(world.metrics("f2")[-1]["loss"], rel=1e-5)
+    assert world.metrics("f1")[-1]["loss"] == pytest.approx(
+        world.metrics("f2")[-1]["loss"], rel=1e-5
+    )

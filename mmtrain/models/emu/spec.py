@@ -135,14 +135,14 @@ def flops(config: EmuConfig, shape: BatchShape) -> list[float]:
     ]
 
 
-def _vision_block_flops(config: VisionConfig, images: int) -> float:
+def _vision_block_flops(config: VisionConfig, images: float) -> float:
     tokens, width = config.tokens, config.width
     weights = 4 * width**2 + 2 * width * config.mlp_width
     return images * (2.0 * tokens * weights + 4.0 * tokens**2 * width)
 
 
 def _causal_flops(
-    config: CausalConfig, vision: VisionConfig, output_width: int, images: int
+    config: CausalConfig, vision: VisionConfig, output_width: int, images: float
 ) -> float:
     queries, width, inner = config.queries, config.width, config.heads * config.head_width
     on_queries = 6 * width * inner + 2 * width * config.mlp_width  # 4 of self, 2 of cross-attention
