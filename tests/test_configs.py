@@ -1,5 +1,6 @@
 """Every recipe that comes with the project is sound, and its size is known exactly."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,18 @@ def test_the_plan_of_14b_fits_its_machines() -> None:
     assert names[cut].startswith("blocks.")
     first, second = sum(facts.flops[:cut]), sum(facts.flops[cut:])
     assert max(first, second) / min(first, second) < 1.06
+
+
+def test_the_recipe_in_the_readme_is_sound(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    path = tmp_path / "my.yaml"
+    path.write_text(block.replace("base: ", f"base: {ROOT}/"))
+    seen = examine(path, (), 8)
+    assert seen.faults == ()
+    assert seen.recipe is not None
+    assert list(seen.recipe.data.sources) == ["mmc4_window", "mmc4_images", "webvid"]
+    assert {p.place for p in seen.missing} == {
+        "data.tokenizer",
+        "data.sources.mmc4_window.path",
+        "data.sources.mmc4_images.path",
+    }
