@@ -68,7 +68,7 @@ class IntervalPlan:
 
 
 def plan_intervals(lo_T: Tensor, hi_T: Tensor, keys: int) -> IntervalPlan:
-    """Plan attention of T rows over `keys` keys; synchronises with the device once.
+    """Plan attention of T rows over `keys` keys, once for all layers.
 
     Args:
         lo_T: integers, first key each row sees.

@@ -229,15 +229,13 @@ class EmuSampler:
         """The best continuation of one prompt; </s> closes it when it fits."""
         writing, hidden_BD = self.start([prompt], options.new_tokens)
         search = BeamSearch(options, self.form.eos)
-        sequence_B = torch.zeros(options.beams, dtype=torch.int64, device=self.device)
-        hidden_BD = hidden_BD[sequence_B]
+        writing.select(self._ids([0] * options.beams))
+        hidden_BD = hidden_BD.expand(options.beams, -1)
         for _ in range(options.new_tokens):
             came_from, ids = search.extend(self.head.logits(hidden_BD).float().log_softmax(-1))
             if search.done or search.length > options.new_tokens:
                 break
-            # the first selection also copies the prompt's one row to every beam
-            source = sequence_B if search.length == 2 else self._ids(came_from)
-            writing.select(source)
+            writing.select(self._ids(came_from))
             hidden_BD = self.step(writing, self._embed.tokens(self._ids(ids)))
         return search.best()
 

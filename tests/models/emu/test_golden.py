@@ -1,5 +1,6 @@
 """Every recorded quantity of the reference implementation, and that the check can fail."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -60,6 +61,28 @@ def damaged(golden: Golden, tmp_path: Path, name: str, scale: float) -> Golden:
 def test_a_weight_off_by_a_thousandth_is_found(golden: Golden, tmp_path: Path, name: str) -> None:
     found = list(forward(damaged(golden, tmp_path, name, 1.001)))
     assert any(not c.passed for c in found)
+
+
+@pytest.mark.parametrize(
+    "section, key, value",
+    [
+        ("vision", "layer_norm_eps", 1e-5),
+        ("cformer", "layer_norm_epsilon", 1e-5),
+        ("cformer", "relative_attention_max_distance", 20),
+        ("llm", "rms_norm_eps", 1e-5),
+        ("llm", "rope_theta", 9000.0),
+        ("vision", "image_mean", [0.5, 0.5, 0.5]),
+    ],
+)
+def test_a_setting_that_is_not_the_releases_is_found(
+    golden: Golden, tmp_path: Path, section: str, key: str, value: object
+) -> None:
+    folder = tmp_path / "golden"
+    shutil.copytree(golden.folder, folder)
+    description = json.loads((folder / "config.json").read_text())
+    description[section][key] = value
+    (folder / "config.json").write_text(json.dumps(description))
+    assert any(not c.passed for c in forward(Golden(folder)))
 
 
 @pytest.mark.parametrize("name", ["visual.norm.weight", "cformer.cformer.embed_tokens.weight"])
