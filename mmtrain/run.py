@@ -189,6 +189,7 @@ def _construction(setting: Setting) -> Construction:
         recomputed=lambda name: recomputed and ("blocks" in name or name == "causal"),
         sequence=recipe.parallel.sequence,
         partition=recipe.parallel.zero_stage == 3,
+        dtype=torch.bfloat16 if recipe.train.precision is Precision.bf16 else torch.float32,
     )
 
 

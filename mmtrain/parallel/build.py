@@ -25,6 +25,7 @@ from mmtrain.nn.flow import Flow
 from mmtrain.parallel.mesh import Mesh
 from mmtrain.parallel.shard import (
     Initial,
+    Source,
     TensorRanks,
     fill_weights,
     sum_partial_gradients,
@@ -44,7 +45,9 @@ class Construction:
         fields: names of the flow's integer fields.
         is_trained: canonical name -> whether the parameter gets gradients.
         recomputed: canonical layer name -> whether its activations are computed again.
+        sequence: whether trunk rows are split over the tensor ranks.
         partition: whether weights are partitioned over data ranks at once (ZeRO-3).
+        dtype: of weights and activations; ZeRO-3 would keep what it partitions as it finds it.
     """
 
     plan: TensorPlan
@@ -54,6 +57,7 @@ class Construction:
     recomputed: Callable[[str], bool]
     sequence: bool
     partition: bool
+    dtype: torch.dtype
 
     def build(self, layer: Builder, mesh: Mesh) -> nn.Module:
         """This rank's part of one layer, filled and on its device."""
@@ -64,7 +68,8 @@ class Construction:
             shapes = {f"{name}.{k}": tuple(p.shape) for k, p in module.named_parameters()}
             if ranks.count > 1:
                 swap_layers(module, name, self.plan, ranks)
-        fill_weights(module, name, shapes, self.plan, ranks, self.initial, mesh.device)
+        source = Source(self.initial, mesh.device, self.dtype)
+        fill_weights(module, name, shapes, self.plan, ranks, source)
         for local, parameter in module.named_parameters():
             parameter.requires_grad_(self.is_trained(f"{name}.{local}"))
         if ranks.count > 1:

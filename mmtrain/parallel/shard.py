@@ -47,6 +47,15 @@ class TensorRanks:
         return int(self.group.rank())
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from and what becomes of them."""
+
+    initial: Initial
+    device: torch.device
+    dtype: torch.dtype
+
+
 def _config(count: int) -> ModelParallelConfig:
     return ModelParallelConfig(
         tensor_model_parallel_size=count,
@@ -244,8 +253,7 @@ def fill_weights(
     shapes: dict[str, tuple[int, ...]],
     plan: TensorPlan,
     ranks: TensorRanks,
-    initial: Initial,
-    device: torch.device,
+    source: Source,
 ) -> None:
     """Allocate every parameter of `module` and copy this rank's slice of the full tensor in.
 
@@ -255,8 +263,7 @@ def fill_weights(
         shapes: full shape of every parameter, by canonical name.
         plan: the family's table.
         ranks: the tensor group.
-        initial: gives the full tensor of a name.
-        device: where the parameters live.
+        source: gives the full tensor of a name.
     """
     for path, owner in module.named_modules():
         for leaf in list(owner._parameters):
@@ -264,10 +271,9 @@ def fill_weights(
                 continue
             fqn = ".".join(part for part in (name, path, leaf) if part)
             cut = plan.slice_of(fqn)
-            part = take_slice(initial(fqn, shapes[fqn]), cut, ranks.rank, ranks.count)
-            parameter = nn.Parameter(
-                part.to(device, torch.get_default_dtype()).contiguous().clone()
-            )
+            full = source.initial(fqn, shapes[fqn])
+            part = take_slice(full, cut, ranks.rank, ranks.count)
+            parameter = nn.Parameter(part.to(source.device, source.dtype).contiguous().clone())
             if cut is not None and ranks.count > 1:
                 # DeepSpeed counts parameters without this mark on tensor rank 0 alone when it
                 # computes the gradient norm; Megatron-core leaves it unset without
