@@ -5,9 +5,10 @@ full, so that `mmtrain.recipe` can drop those that follow from a key already rep
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
+from mmtrain.data.lengths import folder_name
 from mmtrain.data.rules import Rule
 from mmtrain.data.vocabulary import load_vocabulary
 from mmtrain.errors import MmtrainError, Problem
@@ -264,11 +265,12 @@ def _sources(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
-def _tokenizer(recipe: Recipe, spec: ModelSpec) -> Iterator[Problem]:
+def _tokenizer(recipe: Recipe, spec: ModelSpec) -> Generator[Problem, None, str | None]:
+    """Faults of the tokenizer; returns its fingerprint, or None when it cannot be read."""
     folder = Path(recipe.data.tokenizer)
     if not folder.is_dir():
         yield Problem("data.tokenizer", f"there is no folder {folder}")
-        return
+        return None
     asked = _AnyIds()
     spec.sequence(recipe.model, asked)
     try:
@@ -276,7 +278,7 @@ def _tokenizer(recipe: Recipe, spec: ModelSpec) -> Iterator[Problem]:
         vocabulary.require(list(asked))
     except MmtrainError as error:
         yield Problem("data.tokenizer", str(error))
-        return
+        return None
     rows = spec.vocabulary(recipe.model)
     if vocabulary.size > rows:
         yield Problem(
@@ -284,23 +286,30 @@ def _tokenizer(recipe: Recipe, spec: ModelSpec) -> Iterator[Problem]:
             f"{folder} has {vocabulary.size} tokens, but the model's vocabulary is {rows}; raise "
             "the model's, or use another tokenizer",
         )
+    return vocabulary.fingerprint
+
+
+def _shards(place: str, folder: Path, recipe: Recipe, fingerprint: str | None) -> Iterator[Problem]:
+    if not folder.is_dir():
+        yield Problem(place, f"there is no folder {folder}, and no remote is set")
+    elif not (folder / "index.json").is_file():
+        yield Problem(
+            place, f"the folder {folder} holds no index.json; it is no finished shard folder"
+        )
+    elif fingerprint is not None and not (folder / folder_name(fingerprint)).is_dir():
+        yield Problem(
+            place,
+            f"{folder} has no lengths for this tokenizer; run mmtrain data index {folder} "
+            f"--tokenizer {recipe.data.tokenizer}",
+        )
 
 
 def missing_files(recipe: Recipe, spec: ModelSpec) -> Iterator[Problem]:
     """Every file and folder that a recipe names and that is not there, or not what it must be."""
-    yield from _tokenizer(recipe, spec)
+    fingerprint = yield from _tokenizer(recipe, spec)
     for place, source in _all_sources(recipe):
-        if source.remote is not None:
-            continue  # fetched when needed
-        if not Path(source.path).is_dir():
-            yield Problem(
-                f"{place}.path", f"there is no folder {source.path}, and no remote is set"
-            )
-        elif not (Path(source.path) / "index.json").is_file():
-            yield Problem(
-                f"{place}.path",
-                f"the folder {source.path} holds no index.json; it is no finished shard folder",
-            )
+        if source.remote is None:  # else fetched when needed
+            yield from _shards(f"{place}.path", Path(source.path), recipe, fingerprint)
     start = recipe.train.initialize_from
     if start is not None and not Path(start).exists():
         yield Problem("train.initialize_from", f"there is no folder {start}")

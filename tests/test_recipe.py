@@ -1,5 +1,6 @@
 """Recipes: what a YAML may say, and every fault it may have, all reported at once."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -240,6 +241,17 @@ def test_a_tokenizer_must_have_the_special_tokens(tiny: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(plain)
     fault = only(tiny, f"data.tokenizer={plain}")
     assert "lacks the special tokens ['[PAD]', '[IMG]', '[/IMG]', '<image>']" in fault
+
+
+def test_shards_without_lengths_for_the_tokenizer_are_told_how_to_get_them(
+    tiny: Path, shapes: Path
+) -> None:
+    other = tiny.parent / "other"
+    shutil.copytree(shapes / "tokenizer", other)
+    (other / "special_tokens_map.json").write_text("{}")  # another fingerprint
+    fault = only(tiny, f"data.tokenizer={other}")
+    assert fault.startswith("data.sources.captions.path: ")
+    assert f"run mmtrain data index {shapes}/captions --tokenizer {other}" in fault
 
 
 def test_shards_of_a_remote_need_not_be_here(tiny: Path) -> None:
