@@ -13,6 +13,8 @@ export TOKENIZERS_PARALLELISM ?= false
 DEMO_DATA := demo_data
 DEMO_RUN := runs/demo
 DEMO_DOCUMENTS ?= 4000
+# as in: make demo DEMO_OVERRIDES="train.steps=10 schedule.warmup_steps=2"
+DEMO_OVERRIDES ?=
 # the launcher's default port may belong to another run on this machine
 FREE_PORT := python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'
 HAS_GPU := python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
@@ -26,8 +28,10 @@ setup: ## make .venv and install the project into it
 demo: setup ## write demo data, train an Emu on two processes, sample from it (5 minutes on 2 cores)
 	@test -e $(DEMO_DATA)/tokenizer/tokenizer.json || \
 		mmtrain data shapes $(DEMO_DATA) --documents $(DEMO_DOCUMENTS) --seed 0
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(nproc) + 1) / 2 ))} \
-		deepspeed --num_gpus 2 --master_port $$($(FREE_PORT)) --module mmtrain train configs/emu/demo.yaml
+	@command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu; \
+		export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(nproc) + 1) / 2 ))}; \
+		deepspeed --log_level error --num_gpus 2 --master_port $$($(FREE_PORT)) \
+		--module mmtrain train configs/emu/demo.yaml $(DEMO_OVERRIDES)
 	@mmtrain evaluate $(DEMO_RUN)
 	@mmtrain sample $(DEMO_RUN)
 	@echo
