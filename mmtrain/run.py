@@ -337,7 +337,7 @@ def _parts(setting: Setting, mesh: Mesh, engine: Engine, state: TrainState) -> l
     recipe = setting.recipe
     reads = mesh.is_first_stage or mesh.is_last_stage
     loader = _loader(setting, mesh, state) if reads else None
-    draws = partial(draw_pack, vocabulary=setting.vocabulary, layout=setting.layout)
+    draws = partial(draw_pack, vocabulary=setting.vocabulary, layout=setting.layout, width=520)
     return loop.Parts(
         engine=engine,
         batches=loader.steps() if loader is not None else None,

@@ -69,16 +69,21 @@ def thing(draw: Draw, kind: Kind, x: float, y: float, size: str = "medium") -> d
 
 
 def alone(draw: Draw, kind: Kind, size: str = "large") -> list[dict[str, Any]]:
-    """One object anywhere."""
-    return [thing(draw, kind, draw.uniform(0, SIDE), draw.uniform(0, SIDE), size)]
+    """One object near one of nine places."""
+    return [thing(draw, kind, _near(draw), _near(draw), size)]
+
+
+def _near(draw: Draw) -> float:
+    """A coordinate near a third of the picture: a tiny model meets each place often enough."""
+    return SIDE * (0.28, 0.5, 0.72)[draw.below(3)] + draw.uniform(-2, 2)
 
 
 def apart(draw: Draw, pair: Sequence[Kind], sizes: Sequence[str]) -> list[dict[str, Any]]:
     """Two objects that do not touch, beside or above each other."""
-    middle, near, far = SIDE / 2, SIDE * 0.26, SIDE * 0.74
+    near, far = SIDE * 0.26, SIDE * 0.74
     first, second = (near, far) if draw.chance(0.5) else (far, near)
     ends = [
-        (position + draw.uniform(-2, 2), middle + draw.uniform(-11, 11))
+        (position + draw.uniform(-2, 2), _near(draw))
         for position in (first, second)
     ]
     if draw.chance(0.5):

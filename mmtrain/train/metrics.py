@@ -102,8 +102,7 @@ class Reporter:
         )
         if step % write and step != self.steps:
             return
-        operations = self.work.by_module(report)
-        mfu = self.work.mfu(sum(operations.values()), report.seconds)
+        mfu = self.work.mfu(sum(self.work.by_module(report).values()), report.seconds)
         line: dict[str, Any] = {
             "step": step,
             "loss": report.loss,
@@ -119,12 +118,11 @@ class Reporter:
             "data_seconds": report.data_seconds,
             "fill": report.tokens / report.slots,
             "mfu": mfu,
+            "peak_tflops": self.work.peak_tflops,
             **self._by_source(report.by_source),
         }
         self._lines.write(json.dumps(line) + "\n")
         self._scalars(step, line, rates, report)
-        for module, count in operations.items():
-            self.board.add_scalar(f"flops/{module}", count, step)
         log.log(
             self._level(step),
             "step %d loss %.6f grad %.4f tokens/s %.0f mfu %.3f",
@@ -154,15 +152,15 @@ class Reporter:
     ) -> None:
         """The same numbers for TensorBoard, in groups."""
         for key, value in line.items():
-            if key == "step" or not math.isfinite(value):
-                continue
-            group = "loss" if key.startswith("loss") else "throughput"
-            group = "optimizer" if key in ("grad_norm", "learning_rate") else group
-            self.board.add_scalar(f"{group}/{key}", value, step)
+            if key != "step" and math.isfinite(value):
+                self.board.add_scalar(f"{_group(key)}/{key.replace('/', '_')}", value, step)
         for label, rate in rates.items():
-            self.board.add_scalar(f"learning_rate/{label}", rate, step)
+            self.board.add_scalar(f"optimizer/learning_rate_{label}", rate, step)
         for layer, norm in report.module_norms.items():
-            self.board.add_scalar(f"grad_norm/{layer}", norm, step)
+            self.board.add_scalar(f"norms/{layer}", norm, step)
+        for module, operations in self.work.by_module(report).items():
+            if operations:
+                self.board.add_scalar(f"work/flops_{module}", operations, step)
 
     def heldout(self, step: int, parts: dict[str, dict[str, float]]) -> None:
         """Report held-out losses (source -> loss name -> mean), also to `heldout.jsonl`."""
@@ -184,6 +182,15 @@ class Reporter:
         self.bar.close()
         self._lines.close()
         self.board.close()
+
+
+def _group(key: str) -> str:
+    """The section of the TensorBoard page; they are sorted by name there, losses on top."""
+    if key.startswith("loss"):
+        return "loss_by_source" if "/" in key else "loss"
+    if key in ("grad_norm", "learning_rate"):
+        return "optimizer"
+    return "work" if key in ("mfu", "peak_tflops") else "throughput"
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
