@@ -22,11 +22,9 @@ NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
 RELATIONS = ("left of", "right of", "above", "below")
 _CORNERS = {
     "circle": "no",
-    "ring": "no",
     "square": "four",
     "triangle": "three",
     "cross": "twelve",
-    "star": "ten",
 }
 _OPPOSITES = (("left", "right"), ("above", "below"), ("up", "down"), ("small", "large"))
 

@@ -16,9 +16,9 @@ from mmtrain.data.shapes_text import RELATIONS, article, plural, remark
 from mmtrain.data.shapes_world import COLOURS, DIRECTIONS, RADII, SHAPES, kinds
 
 SPECIAL = ("<unk>", "<s>", "</s>", "[PAD]", "[IMG]", "[/IMG]", "<image>")
-SIZE = 208  # tokens, special ones included
+SIZE = 192  # tokens, special ones included
 _SENTENCES = 4000
-_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,?!'-:;()/"
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,?"
 
 
 def write_tokenizer(folder: Path) -> None:

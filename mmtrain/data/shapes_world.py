@@ -1,6 +1,6 @@
 """The world of coloured shapes: its objects, where they lie, and how they are drawn.
 
-Six colours, six shapes, pictures of 56 pixels (16 patches of 14), a plain light ground whose tint
+Six colours, four shapes, pictures of 56 pixels (16 patches of 14), a plain light ground whose tint
 varies. Facts are plain JSON, so that the truth of a sentence can be computed from them
 (`data.shapes_text`). Three pairs of colour and shape are never shown in training.
 """
@@ -22,9 +22,9 @@ COLOURS = {
     "purple": (148, 60, 190),
     "orange": (245, 130, 20),
 }
-SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
+SHAPES = ("circle", "square", "triangle", "cross")
 # pairs that training never shows; they are drawn only for the held-out source `novel`
-NOVEL = (("purple", "star"), ("orange", "cross"), ("yellow", "ring"))
+NOVEL = (("purple", "triangle"), ("orange", "cross"), ("yellow", "circle"))
 RADII = {"small": (5.5, 7.0), "medium": (9.0, 11.0), "large": (12.5, 14.0)}  # pixels
 MARGIN = 6.0  # pixels between centres from which a relation in space holds
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -82,10 +82,7 @@ def apart(draw: Draw, pair: Sequence[Kind], sizes: Sequence[str]) -> list[dict[s
     """Two objects that do not touch, beside or above each other."""
     near, far = SIDE * 0.26, SIDE * 0.74
     first, second = (near, far) if draw.chance(0.5) else (far, near)
-    ends = [
-        (position + draw.uniform(-2, 2), _near(draw))
-        for position in (first, second)
-    ]
+    ends = [(position + draw.uniform(-2, 2), _near(draw)) for position in (first, second)]
     if draw.chance(0.5):
         ends = [(y, x) for x, y in ends]
     return [
@@ -134,21 +131,17 @@ def paint(objects: Sequence[Facts], colour: tuple[int, int, int]) -> Image.Image
     large = Image.new("RGB", (SIDE * _ZOOM, SIDE * _ZOOM), colour)
     pen = ImageDraw.Draw(large)
     for item in objects:
-        _stamp(pen, item, colour)
+        _stamp(pen, item)
     return large.reduce(_ZOOM)
 
 
-def _stamp(pen: ImageDraw.ImageDraw, item: Facts, ground: tuple[int, int, int]) -> None:
+def _stamp(pen: ImageDraw.ImageDraw, item: Facts) -> None:
     x, y, radius = (item[key] * _ZOOM for key in ("x", "y", "radius"))
     fill = COLOURS[item["colour"]]
     box = (x - radius, y - radius, x + radius, y + radius)
     match item["shape"]:
         case "circle":
             pen.ellipse(box, fill=fill)
-        case "ring":
-            hole = radius * 0.55
-            pen.ellipse(box, fill=fill)
-            pen.ellipse((x - hole, y - hole, x + hole, y + hole), fill=ground)
         case "square":
             half = radius * 0.88
             pen.rectangle((x - half, y - half, x + half, y + half), fill=fill)
@@ -157,17 +150,12 @@ def _stamp(pen: ImageDraw.ImageDraw, item: Facts, ground: tuple[int, int, int]) 
             pen.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
             pen.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
         case "triangle":
-            pen.polygon(_corners(x, y, [radius] * 3), fill=fill)
-        case "star":
-            pen.polygon(_corners(x, y, [radius * 1.1, radius * 0.45] * 5), fill=fill)
+            pen.polygon(_corners(x, y, radius, 3), fill=fill)
         case other:
             raise AssertionError(f"no shape {other!r}")
 
 
-def _corners(x: float, y: float, radii: Sequence[float]) -> list[tuple[float, float]]:
+def _corners(x: float, y: float, radius: float, count: int) -> list[tuple[float, float]]:
     """Points around (x, y), the first one on top."""
-    turn = 2 * math.pi / len(radii)
-    return [
-        (x + radius * math.sin(index * turn), y - radius * math.cos(index * turn))
-        for index, radius in enumerate(radii)
-    ]
+    turns = [2 * math.pi * index / count for index in range(count)]
+    return [(x + radius * math.sin(turn), y - radius * math.cos(turn)) for turn in turns]

@@ -133,7 +133,7 @@ def scene(*things: tuple[str, str, str, float, float], category: Category) -> di
 
 
 RED_CIRCLE = ("medium", "red", "circle", 12.0, 30.0)
-BLUE_STAR = ("medium", "blue", "star", 44.0, 18.0)
+BLUE_CROSS = ("medium", "blue", "cross", 44.0, 18.0)
 TRUTHS = [
     (scene(RED_CIRCLE, category=Category.single), "a red circle", True),
     (scene(RED_CIRCLE, category=Category.single), " A red  circle. ", True),
@@ -144,58 +144,58 @@ TRUTHS = [
     (scene(RED_CIRCLE, category=Category.single), "a red square", False),
     (scene(RED_CIRCLE, category=Category.single), "red circle red circle", False),
     (scene(RED_CIRCLE, category=Category.single), "", False),
-    (scene(RED_CIRCLE, category=Category.single), "a red circle and a blue star", False),
+    (scene(RED_CIRCLE, category=Category.single), "a red circle and a blue cross", False),
     (scene(RED_CIRCLE, category=Category.colour), "the circle is red", True),
     (scene(RED_CIRCLE, category=Category.colour), "the circle is blue", False),
-    (scene(RED_CIRCLE, BLUE_STAR, category=Category.two), "a red circle and a blue star", True),
-    (scene(RED_CIRCLE, BLUE_STAR, category=Category.two), "a blue star and a red circle", True),
-    (scene(RED_CIRCLE, BLUE_STAR, category=Category.two), "a blue circle and a red star", False),
-    (scene(RED_CIRCLE, BLUE_STAR, category=Category.two), "a red circle and a red circle", False),
-    (scene(RED_CIRCLE, BLUE_STAR, category=Category.two), "a red circle", False),
+    (scene(RED_CIRCLE, BLUE_CROSS, category=Category.two), "a red circle and a blue cross", True),
+    (scene(RED_CIRCLE, BLUE_CROSS, category=Category.two), "a blue cross and a red circle", True),
+    (scene(RED_CIRCLE, BLUE_CROSS, category=Category.two), "a blue circle and a red cross", False),
+    (scene(RED_CIRCLE, BLUE_CROSS, category=Category.two), "a red circle and a red circle", False),
+    (scene(RED_CIRCLE, BLUE_CROSS, category=Category.two), "a red circle", False),
     (
-        scene(RED_CIRCLE, BLUE_STAR, category=Category.two),
-        "the red circle is below the blue star",
+        scene(RED_CIRCLE, BLUE_CROSS, category=Category.two),
+        "the red circle is below the blue cross",
         True,
     ),
     (
-        scene(RED_CIRCLE, BLUE_STAR, category=Category.position),
-        "the red circle is left of the blue star",
+        scene(RED_CIRCLE, BLUE_CROSS, category=Category.position),
+        "the red circle is left of the blue cross",
         True,
     ),
     (
-        scene(RED_CIRCLE, BLUE_STAR, category=Category.position),
-        "the blue star is right of the red circle",
+        scene(RED_CIRCLE, BLUE_CROSS, category=Category.position),
+        "the blue cross is right of the red circle",
         True,
     ),
     (
-        scene(RED_CIRCLE, BLUE_STAR, category=Category.position),
-        "the red circle is above the blue star",
+        scene(RED_CIRCLE, BLUE_CROSS, category=Category.position),
+        "the red circle is above the blue cross",
         False,
     ),
     (
-        scene(RED_CIRCLE, BLUE_STAR, category=Category.position),
-        "a red circle and a blue star",
+        scene(RED_CIRCLE, BLUE_CROSS, category=Category.position),
+        "a red circle and a blue cross",
         False,
     ),
     (
-        scene(RED_CIRCLE, BLUE_STAR, category=Category.binding),
-        "a medium red circle and a medium blue star",
+        scene(RED_CIRCLE, BLUE_CROSS, category=Category.binding),
+        "a medium red circle and a medium blue cross",
         True,
     ),
     (
-        scene(RED_CIRCLE, BLUE_STAR, category=Category.binding),
-        "a red circle and a blue star",
+        scene(RED_CIRCLE, BLUE_CROSS, category=Category.binding),
+        "a red circle and a blue cross",
         False,
     ),
     (
-        scene(RED_CIRCLE, BLUE_STAR, category=Category.binding),
-        "a large red circle and a medium blue star",
+        scene(RED_CIRCLE, BLUE_CROSS, category=Category.binding),
+        "a large red circle and a medium blue cross",
         False,
     ),
     (scene(RED_CIRCLE, RED_CIRCLE, category=Category.counting), "two red circles", True),
     (scene(RED_CIRCLE, RED_CIRCLE, category=Category.counting), "three red circles", False),
     (scene(RED_CIRCLE, RED_CIRCLE, category=Category.counting), "two red crosses", False),
-    (scene(RED_CIRCLE, BLUE_STAR, category=Category.counting), "one red circle", False),
+    (scene(RED_CIRCLE, BLUE_CROSS, category=Category.counting), "one red circle", False),
 ]
 
 
@@ -249,6 +249,6 @@ def test_one_token_is_one_word_and_the_size_is_known(world: Path, vocabulary: Vo
 
 
 def test_objects_of_a_position_are_named_by_their_larger_distance() -> None:
-    facts = scene(RED_CIRCLE, BLUE_STAR, category=Category.position)
+    facts = scene(RED_CIRCLE, BLUE_CROSS, category=Category.position)
     text, prompt = caption(Category.position, facts["objects"])  # type: ignore[arg-type]
-    assert text == "the red circle is left of the blue star" and prompt == "the red circle is"
+    assert text == "the red circle is left of the blue cross" and prompt == "the red circle is"
