@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 DEMO_DATA := demo_data
 DEMO_RUN := runs/demo
-DEMO_DOCUMENTS ?= 4000
+DEMO_DOCUMENTS ?= 12000
 # as in: make demo DEMO_OVERRIDES="train.steps=10 schedule.warmup_steps=2"
 DEMO_OVERRIDES ?=
 # the launcher's default port may belong to another run on this machine
