@@ -1,5 +1,7 @@
 """Learning rates and weight decay by name; the schedule; groups that all stages share."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -69,7 +71,7 @@ def test_cosine_warms_up_to_the_peak_and_ends_at_its_final_ratio() -> None:
     assert factors[-1] == pytest.approx(0.1)
     middle = (2000 + 9999) / 2
     assert rate_factor(int(middle), 10000, schedule) == pytest.approx(0.55, abs=1e-3)
-    assert all(a >= b for a, b in zip(factors[2000:], factors[2001:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[2000:]))
 
 
 def test_linear_and_constant_schedules() -> None:
