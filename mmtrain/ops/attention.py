@@ -5,8 +5,9 @@ query t sees keys `[lo[t], hi[t])`. No T x T mask is ever made. `plan_intervals`
 vectors to the host once per micro-batch; every layer then reuses the plan.
 
 Reference (CPU): rows are cut into groups that see only their own keys (documents, or several short
-ones together), a long causal document runs as one causal call without a mask, everything else in
-tiles of `TILE_ROWS` query rows over the keys they reach, with a small boolean mask.
+ones together), a long causal document runs as one causal call without a mask, a run of documents of
+one length as a batch of them, everything else in tiles of `TILE_ROWS` query rows over the keys they
+reach, with a small boolean mask.
 CUDA: FlexAttention with a mask function over the two vectors, its block mask built in the plan.
 
 Cost: 4 K H sum(hi - lo) operations in the forward pass, plus what tiles mask away.
@@ -17,6 +18,7 @@ T query rows   S keys   H heads   K head width
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ TILE_ROWS = 128  # longer groups that need a mask are cut into tiles of this man
 
 @dataclass(frozen=True)
 class Tile:
-    """Query rows `[start, stop)` over keys `[first, last)`, all counted inside their group."""
+    """Query rows `[start, stop)` over keys `[first, last)`, counted inside their document."""
 
     start: int
     stop: int
@@ -47,11 +49,19 @@ class Tile:
 
 @dataclass(frozen=True)
 class Group:
-    """Query rows that see no key outside the group's own; groups partition rows and keys."""
+    """Query rows that see no key outside the group's own; groups partition rows and keys.
+
+    Attributes:
+        rows: of the whole group.
+        keys: of the whole group.
+        tiles: how each of its documents is cut.
+        documents: how many stand in a row, of equal length.
+    """
 
     rows: int
     keys: int
     tiles: tuple[Tile, ...]
+    documents: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ def interval_attention(
 
 def _group(q: Tensor, k: Tensor, v: Tensor, group: Group, scale: float) -> Iterator[Tensor]:
     """Outputs of one group, tile after tile, each `[rows, H, K]`."""
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    q, k, v = (x.view(group.documents, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     for tile in group.tiles:
         out = functional.scaled_dot_product_attention(
             q[:, :, tile.start : tile.stop],
@@ -125,22 +135,39 @@ def _group(q: Tensor, k: Tensor, v: Tensor, group: Group, scale: float) -> Itera
             is_causal=tile.causal,
             scale=scale,
         )
-        yield out.squeeze(0).transpose(0, 1)
+        yield out.transpose(1, 2).flatten(0, 1)
 
 
 def _groups(lo: Tensor, hi: Tensor) -> Iterator[Group]:
     """Cut rows where no interval crosses; short neighbours share a group of one tile."""
     causal = hi == torch.arange(1, len(hi) + 1)
     pending: list[int] = []  # start and stop of the group being filled
-    for start, stop in _components(lo, hi):
-        if pending and stop - pending[0] <= SHARED_ROWS:
-            pending[1] = stop
+    for length, found in groupby(_components(lo, hi), lambda run: run[1] - run[0]):
+        run = list(found)
+        first, end = run[0][0], run[-1][1]
+        if len(run) > 1 and end - first > SHARED_ROWS and _same(lo, causal, first, end, length):
+            if pending:
+                yield _close(lo, hi, causal, *pending)
+                pending = []
+            tile = Tile(0, length, 0, length, causal=True)
+            yield Group(end - first, end - first, (tile,), len(run))
             continue
-        if pending:
-            yield _close(lo, hi, causal, *pending)
-        pending = [start, stop]
+        for start, stop in run:
+            if pending and stop - pending[0] <= SHARED_ROWS:
+                pending[1] = stop
+                continue
+            if pending:
+                yield _close(lo, hi, causal, *pending)
+            pending = [start, stop]
     if pending:
         yield _close(lo, hi, causal, *pending)
+
+
+def _same(lo: Tensor, causal: Tensor, start: int, stop: int, length: int) -> bool:
+    """Whether rows `[start, stop)` are causal documents of `length` rows each."""
+    row = torch.arange(stop - start)
+    begins = torch.equal(lo[start:stop], start + row - row % length)
+    return begins and bool(causal[start:stop].all())
 
 
 def _components(lo: Tensor, hi: Tensor) -> Iterator[tuple[int, int]]:

@@ -49,7 +49,11 @@ def segments(lengths: list[int]) -> Tensor:
     return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
 
 
-packings = st.lists(st.integers(1, 2 * TILE_ROWS), min_size=1, max_size=6).map(segments)
+unequal = st.lists(st.integers(1, 2 * TILE_ROWS), min_size=1, max_size=6).map(segments)
+runs_of_equal = st.lists(
+    st.tuples(st.integers(1, 40), st.integers(1, 9)), min_size=1, max_size=4
+).map(lambda runs: segments([length for length, count in runs for _ in range(count)]))
+packings = st.one_of(unequal, runs_of_equal)
 
 
 @settings(max_examples=25, deadline=None)
@@ -119,6 +123,12 @@ def test_work_and_masks_stay_near_what_the_intervals_need(lengths: list[int]) ->
     assert masked_entries(plan) <= sum(lengths) * TILE_ROWS
     if min(lengths) > TILE_ROWS:
         assert masked_entries(plan) == 0
+
+
+def test_documents_of_one_length_run_as_one_batch() -> None:
+    plan = Intervals.causal_packed(segments([50, *[32] * 40, 7])).plan
+    assert [group.documents for group in plan.groups] == [1, 40, 1]
+    assert masked_entries(plan) == 0
 
 
 def masked_entries(plan: IntervalPlan) -> int:
