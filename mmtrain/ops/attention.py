@@ -4,10 +4,10 @@ Causal, packed documents, prefix, image-bidirectional and padding masks are all 
 query t sees keys `[lo[t], hi[t])`. No T x T mask is ever made. `plan_intervals` reads the two
 vectors to the host once per micro-batch; every layer then reuses the plan.
 
-Reference (CPU): rows are cut into groups that see only their own keys (documents, or several short
-ones together), a long causal document runs as one causal call without a mask, a run of documents of
-one length as a batch of them, everything else in tiles of `TILE_ROWS` query rows over the keys they
-reach, with a small boolean mask.
+Reference (CPU): rows are cut into groups that see only their own keys. A long causal document runs
+as one causal call, many short ones of nearly one length as a batch of such calls, padded to the
+longest; everything else in tiles of `TILE_ROWS` query rows over the keys they reach, with a small
+boolean mask.
 CUDA: FlexAttention with a mask function over the two vectors, its block mask built in the plan.
 
 Cost: 4 K H sum(hi - lo) operations in the forward pass, plus what tiles mask away.
@@ -18,7 +18,6 @@ T query rows   S keys   H heads   K head width
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -28,10 +27,15 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from mmtrain.ops.select import AttentionBackend, attention_backend
 
-# 2,048 rows of 8 x 64, forward and backward on one CPU thread. Documents of 20 to 80 tokens in
-# shared groups of 32, 64, 128, 256 rows: 26, 26, 36, 56 ms. One document with bidirectional images
-# in tiles of 64, 128, 256, 512 rows: 292, 264, 246, 280 ms.
-SHARED_ROWS = 64  # short documents run together up to this many rows
+# Forward and backward, one CPU thread. 1,260 rows of 4 x 32 in documents of 12 to 100 tokens,
+# mostly 18 to 25: 7.8 ms in shared groups; 6.2, 4.8, 4.7, 4.9 ms in batches of fill 0.5, 0.65,
+# 0.75, 0.9. 2,048 rows of 8 x 64 in documents of 20 to 80 tokens, in shared groups of 32, 64, 128,
+# 256 rows: 26, 26, 36, 56 ms. One document with bidirectional images in tiles of 64, 128, 256, 512
+# rows: 292, 264, 246, 280 ms.
+SHORT_ROWS = 64  # causal documents up to this many rows run in batches,
+BATCH_FILL = 0.75  # none shorter than this share of the longest of its batch,
+SHORT_SHARE = 0.25  # where they are this share of all rows: moving rows into batches costs copies
+SHARED_ROWS = 64  # other short documents run together up to this many rows
 TILE_ROWS = 128  # longer groups that need a mask are cut into tiles of this many; also flex's block
 
 
@@ -71,10 +75,12 @@ class IntervalPlan:
     Attributes:
         groups: for the tiled reference; empty when `block_mask` is used.
         block_mask: for FlexAttention, or None.
+        places_T: int64, row of the groups that holds each row; None when they lie as they are.
     """
 
     groups: tuple[Group, ...]
     block_mask: BlockMask | None = None
+    places_T: Tensor | None = None
 
 
 def plan_intervals(lo_T: Tensor, hi_T: Tensor, keys: int) -> IntervalPlan:
@@ -94,7 +100,7 @@ def plan_intervals(lo_T: Tensor, hi_T: Tensor, keys: int) -> IntervalPlan:
     )
     if keys != lo.shape[0]:
         return IntervalPlan((Group(len(lo), keys, tuple(_tiles(lo, hi, 0, len(lo)))),))
-    return IntervalPlan(tuple(_groups(lo, hi)))
+    return _plan_documents(lo, hi)
 
 
 def interval_attention(
@@ -114,13 +120,52 @@ def interval_attention(
     """
     if plan.block_mask is not None:
         return _flex(q_THK, k_SHK, v_SHK, plan.block_mask, scale)
-    if len(plan.groups) == 1:
-        return torch.cat(list(_group(q_THK, k_SHK, v_SHK, plan.groups[0], scale)))
+    if plan.places_T is None:
+        return _attend(q_THK, k_SHK, v_SHK, plan.groups, scale)
+    places, room = plan.places_T, sum(group.rows for group in plan.groups)
+    q, k, v = (_Place.apply(x, places, room) for x in (q_THK, k_SHK, v_SHK))
+    out: Tensor = _Take.apply(_attend(q, k, v, plan.groups, scale), places)
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, groups: tuple[Group, ...], scale: float) -> Tensor:
+    """Attention of rows in the groups' order."""
+    if len(groups) == 1:
+        return torch.cat(list(_group(q, k, v, groups[0], scale)))
     # split, not slices: its backward is one concatenation instead of one zero-padded sum a slice
-    rows, keys = [g.rows for g in plan.groups], [g.keys for g in plan.groups]
-    q, k, v = torch.split(q_THK, rows), torch.split(k_SHK, keys), torch.split(v_SHK, keys)
-    parts = zip(q, k, v, plan.groups, strict=True)
+    rows, keys = [g.rows for g in groups], [g.keys for g in groups]
+    split = torch.split(q, rows), torch.split(k, keys), torch.split(v, keys)
+    parts = zip(*split, groups, strict=True)
     return torch.cat([out for part in parts for out in _group(*part, scale)])
+
+
+class _Place(torch.autograd.Function):
+    """Rows to their places among `room` rows, zeros elsewhere; a plain gather backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, room: int) -> Tensor:
+        ctx.save_for_backward(places)
+        return x.new_zeros(room, *x.shape[1:]).index_copy_(0, places, x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, *ctx.saved_tensors), None, None
+
+
+class _Take(torch.autograd.Function):
+    """Undo `_Place`; places differ, so the backward copies where index_select would add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.room = x.shape[0]
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        room = gradient.new_zeros(ctx.room, *gradient.shape[1:])
+        return room.index_copy_(0, places, gradient), None
 
 
 def _group(q: Tensor, k: Tensor, v: Tensor, group: Group, scale: float) -> Iterator[Tensor]:
@@ -138,48 +183,76 @@ def _group(q: Tensor, k: Tensor, v: Tensor, group: Group, scale: float) -> Itera
         yield out.transpose(1, 2).flatten(0, 1)
 
 
+def _plan_documents(lo: Tensor, hi: Tensor) -> IntervalPlan:
+    """Short causal documents in batches behind the rest, where there are enough of them."""
+    row, ends = torch.arange(len(lo)), _ends(lo, hi)
+    begins = torch.cat([ends.new_zeros(1), ends[:-1]])
+    lengths = ends - begins
+    document = torch.repeat_interleave(lengths)
+    odd = (hi != row + 1) | (lo != begins[document])  # rows that are not causal in their document
+    odds = torch.zeros(len(ends), dtype=torch.int64).index_add_(0, document, odd.long())
+    short = (lengths <= SHORT_ROWS) & (odds == 0)
+    if int(lengths[short].sum()) < SHORT_SHARE * len(lo):
+        return IntervalPlan(tuple(_groups(lo, hi)))
+    rest = ~short[document]
+    places = torch.cumsum(rest, 0) - 1
+    shift = (row - places)[rest]
+    groups = list(_groups(lo[rest] - shift, hi[rest] - shift)) if bool(rest.any()) else []
+    first = torch.zeros_like(begins)
+    first[short], batches = _batches(lengths[short], int(rest.sum()))
+    places = torch.where(rest, places, first[document] + row - begins[document])
+    groups += batches
+    as_they_are = sum(group.rows for group in groups) == len(row) and torch.equal(places, row)
+    return IntervalPlan(tuple(groups), None, None if as_they_are else places)
+
+
+def _batches(lengths: Tensor, start: int) -> tuple[Tensor, list[Group]]:
+    """Batches of documents, the longest first: first row of each document, and the groups.
+
+    Args:
+        lengths: of the documents.
+        start: first row of the first batch.
+    """
+    order = torch.argsort(lengths, descending=True, stable=True)
+    batches: list[tuple[int, int]] = []  # rows and documents
+    first = []
+    for length in lengths[order].tolist():
+        if not batches or length < BATCH_FILL * batches[-1][0]:
+            batches.append((length, 0))
+        rows, count = batches[-1]
+        batches[-1] = (rows, count + 1)
+        first.append(start)
+        start += rows
+    groups = [
+        Group(rows * count, rows * count, (Tile(0, rows, 0, rows, causal=True),), count)
+        for rows, count in batches
+    ]
+    return torch.tensor(first)[torch.argsort(order)], groups
+
+
 def _groups(lo: Tensor, hi: Tensor) -> Iterator[Group]:
     """Cut rows where no interval crosses; short neighbours share a group of one tile."""
     causal = hi == torch.arange(1, len(hi) + 1)
     pending: list[int] = []  # start and stop of the group being filled
-    for length, found in groupby(_components(lo, hi), lambda run: run[1] - run[0]):
-        run = list(found)
-        first, end = run[0][0], run[-1][1]
-        if len(run) > 1 and end - first > SHARED_ROWS and _same(lo, causal, first, end, length):
-            if pending:
-                yield _close(lo, hi, causal, *pending)
-                pending = []
-            tile = Tile(0, length, 0, length, causal=True)
-            yield Group(end - first, end - first, (tile,), len(run))
-            continue
-        for start, stop in run:
-            if pending and stop - pending[0] <= SHARED_ROWS:
-                pending[1] = stop
-                continue
+    start = 0
+    for stop in _ends(lo, hi).tolist():
+        if pending and stop - pending[0] <= SHARED_ROWS:
+            pending[1] = stop
+        else:
             if pending:
                 yield _close(lo, hi, causal, *pending)
             pending = [start, stop]
-    if pending:
-        yield _close(lo, hi, causal, *pending)
+        start = stop
+    yield _close(lo, hi, causal, *pending)
 
 
-def _same(lo: Tensor, causal: Tensor, start: int, stop: int, length: int) -> bool:
-    """Whether rows `[start, stop)` are causal documents of `length` rows each."""
-    row = torch.arange(stop - start)
-    begins = torch.equal(lo[start:stop], start + row - row % length)
-    return begins and bool(causal[start:stop].all())
-
-
-def _components(lo: Tensor, hi: Tensor) -> Iterator[tuple[int, int]]:
-    """Smallest runs of rows `[start, stop)` that see only keys `[start, stop)`."""
+def _ends(lo: Tensor, hi: Tensor) -> Tensor:
+    """Where the smallest runs of rows end that see only keys of their own."""
     reach = torch.cummax(hi, 0).values  # keys seen by this row or an earlier one end here
     back = torch.cummin(lo.flip(0), 0).values.flip(0)  # this row or a later one starts here
     ends = torch.arange(1, len(lo) + 1)
     later = torch.cat([back[1:], torch.tensor([len(lo)])])
-    start = 0
-    for stop in ends[(reach <= ends) & (later >= ends)].tolist():
-        yield start, stop
-        start = stop
+    return ends[(reach <= ends) & (later >= ends)]
 
 
 def _close(lo: Tensor, hi: Tensor, causal: Tensor, start: int, stop: int) -> Group:

@@ -28,6 +28,7 @@ class GradientNorms:
         """Wrap `engine.optimizer.step`; `layers` are this rank's, by canonical prefix."""
         self.engine, self.mesh = engine, mesh
         self.layers = {id(p): name for name, module in layers for p in module.parameters()}
+        self.parameters = tuple(engine.module.parameters())  # walking the modules takes 1 ms
         self.wanted = False
         self.by_layer: dict[str, float] = {}
         self._own_total = 0.0
@@ -59,7 +60,7 @@ class GradientNorms:
         Args:
             clip_norm: global norm that the gradients keep at most; 0 = no limit.
         """
-        found = [(p, p.grad) for p in self.engine.module.parameters() if p.grad is not None]
+        found = [(p, p.grad) for p in self.parameters if p.grad is not None]
         square = sum_of_squares(g for p, g in found if self._counts(p))
         share = torch.tensor([square / self.mesh.dims.data], dtype=torch.float64)
         self._own_total = float(self.mesh.sum_over_world(share)[0]) ** 0.5
@@ -97,7 +98,7 @@ class GradientNorms:
         optimizer = self.engine.optimizer
         averaged = getattr(optimizer, "averaged_gradients", None)
         if not averaged:
-            for parameter in self.engine.module.parameters():
+            for parameter in self.parameters:
                 yield parameter, parameter.grad, self.mesh.dims.data
             return
         groups = getattr(optimizer, "params_in_partition", None) or optimizer.fp16_groups

@@ -102,6 +102,12 @@ def test_any_intervals_over_any_number_of_keys(rows: int, keys: int, seed: int) 
     assert_matches_oracle(lo, hi.clamp(max=keys), keys)
 
 
+@pytest.mark.parametrize("lengths", [[22, 17], [17, 22], [5], [1, 1], [64, 64, 65]])
+def test_a_last_document_that_is_padded_changes_nothing(lengths: list[int]) -> None:
+    intervals = Intervals.causal_packed(segments(lengths))
+    assert_matches_oracle(intervals.lo_T, intervals.hi_T, sum(lengths))
+
+
 def test_padding_rows_that_see_themselves_return_their_own_value() -> None:
     rows = torch.arange(10)
     q, k, v = torch.randn(3, 10, HEADS, WIDTH)
@@ -125,10 +131,26 @@ def test_work_and_masks_stay_near_what_the_intervals_need(lengths: list[int]) ->
         assert masked_entries(plan) == 0
 
 
-def test_documents_of_one_length_run_as_one_batch() -> None:
-    plan = Intervals.causal_packed(segments([50, *[32] * 40, 7])).plan
-    assert [group.documents for group in plan.groups] == [1, 40, 1]
+def test_short_documents_run_in_batches_of_nearly_one_length() -> None:
+    plan = Intervals.causal_packed(segments([32, 7, 200, *[30, 25] * 20, 8])).plan
+    assert [(group.rows, group.documents) for group in plan.groups] == [
+        (200, 1),
+        (41 * 32, 41),
+        (2 * 8, 2),
+    ]
     assert masked_entries(plan) == 0
+
+
+def test_documents_of_one_length_are_not_moved() -> None:
+    plan = Intervals.causal_packed(segments([32] * 40)).plan
+    assert plan.places_T is None
+    assert [group.documents for group in plan.groups] == [40]
+
+
+def test_few_short_documents_are_not_moved() -> None:
+    plan = Intervals.causal_packed(segments([40, 400, 30, 500])).plan
+    assert plan.places_T is None
+    assert [group.rows for group in plan.groups] == [40, 400, 30, 500]
 
 
 def masked_entries(plan: IntervalPlan) -> int:
