@@ -1,0 +1,27 @@
+"""The tool behind docs/benchmarks.md runs and says what it promises."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_one_run_measures_steps_packing_and_loader(repository: Path, tmp_path: Path) -> None:
+    """It refuses to print a ratio unless both sides agree on loss and gradient norm."""
+    few = ["--steps", "1", "--rounds", "1", "--seconds", "0", "--documents", "120"]
+    done = subprocess.run(
+        [sys.executable, "tools/bench_cpu.py", *few, "--recipes", "tiny", "--threads", "1"],
+        cwd=repository,
+        env=os.environ | {"TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "1 threads used" in done.stdout and "python tools/bench_cpu.py" in done.stdout
+    sections = done.stdout.split("## ")
+    titles = [section.partition("\n")[0] for section in sections[1:]]
+    assert titles == ["A training step", "Packing", "The loader"]
+    rows = [[line for line in part.splitlines() if line.startswith("| ")] for part in sections[1:]]
+    assert [len(found) - 2 for found in rows] == [2, 2, 3]  # without head and rule
+    assert not list(tmp_path.iterdir())  # its data are gone
