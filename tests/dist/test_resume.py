@@ -16,14 +16,21 @@ LAYOUTS = {
     "dp2-zero0": (2, "parallel.zero_stage=0"),
     "dp2-zero3": (2, "parallel.zero_stage=3"),
 }
-TIMINGS = {"tokens_per_second", "images_per_second", "step_seconds", "data_seconds", "mfu"}
+MEASURED = {
+    "tokens_per_second",
+    "images_per_second",
+    "step_seconds",
+    "data_seconds",
+    "mfu",
+    "peak_tflops",
+}
 SHORT = ("train.steps=10", "save.every_steps=5", "schedule.warmup_steps=2")
 
 
 def numbers(world: World, name: str) -> list[dict[str, float]]:
-    """Metrics without clock times."""
+    """Metrics without what a clock measured."""
     return [
-        {key: value for key, value in line.items() if key not in TIMINGS}
+        {key: value for key, value in line.items() if key not in MEASURED}
         for line in world.metrics(name)
     ]
 
