@@ -65,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
         return int(arguments.handle(arguments))
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.DONE
     except RecipeError as error:
         if place.rank == 0:  # every rank reads the same recipe and finds the same faults
             print(_faults(error), file=sys.stderr)

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ _ASKS_IMAGE = "[IMG]"
 _BATCH = 64  # prompts written at a time
 _CANDIDATES = 512  # training images a written image is compared with
 _NEAREST = 5
+_FRAMES = 8  # of a clip that is captioned
 
 Row = list[str | Image.Image]
 
@@ -253,14 +255,12 @@ def _heldout_prompts(trained: Trained, count: int = 6) -> Iterator[tuple[Row, bo
         )
     for document in described[:count]:
         picture = next(p for p in document.parts if p.modality is not Modality.text)
-        yield [_open(picture.media[0]), str(document.meta.get("prompt", ""))], False
+        yield [_open(picture.media[0]), *_beginning(document)], False
     for document in described[:count]:
         yield [next(p.text for p in document.parts if p.modality is Modality.text)], True
 
 
 def _open(blob: bytes) -> Image.Image:
-    from io import BytesIO
-
     return Image.open(BytesIO(blob)).convert("RGB")
 
 
@@ -384,6 +384,12 @@ def _question(document: Document) -> Row:
         _open(blob)
         for part in document.parts
         if part.modality is not Modality.text
-        for blob in part.media[:8]
+        for blob in part.media[:_FRAMES]
     ]
-    return [*row, str(document.meta.get("prompt", ""))]
+    return [*row, *_beginning(document)]
+
+
+def _beginning(document: Document) -> list[str]:
+    """The words a caption is asked with, if any (`prompt` in the facts of a shapes document)."""
+    words = str(document.meta.get("prompt", ""))
+    return [words] if words else []
