@@ -12,7 +12,7 @@ from mmtrain.layout.balance import balance, stage_ranges, table
 from mmtrain.layout.dims import ParallelDims, dims_for
 from mmtrain.layout.names import covers, deciding
 from mmtrain.models.census import LayerCensus, count_by_part, local_count, take_census
-from mmtrain.models.families import FAMILIES
+from mmtrain.models.families import spec_of
 from mmtrain.models.spec import BatchShape, ModelSpec
 from mmtrain.settings import Precision, Recipe, Recompute
 
@@ -113,7 +113,7 @@ class Facts:
 
 def collect(recipe: Recipe) -> Facts:
     """Count a recipe that has no faults."""
-    spec = FAMILIES[recipe.family]
+    spec = spec_of(recipe.family, recipe.phase)
     packs = recipe.train.micro_batch_packs
     shape = BatchShape(recipe.data.pack_tokens * packs, recipe.data.pack_images * packs)
     return Facts(recipe, spec, take_census(spec, recipe.model), spec.flops(recipe.model, shape))

@@ -20,10 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mmtrain import faults
 from mmtrain.errors import Problem, RecipeError
-from mmtrain.models.families import FAMILIES
+from mmtrain.models.families import FAMILIES, spec_of
 from mmtrain.models.spec import ModelSpec
 from mmtrain.schema import MISSING, Reader, dotted_keys, join, suggestion, to_plain
-from mmtrain.settings import Recipe
+from mmtrain.settings import Phase, Recipe
 
 BASE = "base"
 
@@ -86,7 +86,7 @@ def examine(
 
 def problems(recipe: Recipe, world_size: int | None = None) -> list[Problem]:
     """Every fault of a well-typed recipe; see `mmtrain.faults`."""
-    spec = FAMILIES[recipe.family]
+    spec = spec_of(recipe.family, recipe.phase)
     return [*faults.problems(recipe, spec, world_size), *faults.missing_files(recipe, spec)]
 
 
@@ -141,12 +141,20 @@ def _parsed(overrides: Iterable[str], found: list[Problem]) -> list[Any]:
 
 def _family(written: Mapping[str, Any], found: list[Problem]) -> ModelSpec | None:
     name = str(written.get("family", Recipe.family))
-    if name in FAMILIES:
-        return FAMILIES[name]
-    near = suggestion(name, list(FAMILIES))
-    allowed = ", ".join(FAMILIES)
-    found.append(Problem("family", f"there is no family {name!r}{near}; allowed: {allowed}"))
-    return None
+    if name not in FAMILIES:
+        near = suggestion(name, list(FAMILIES))
+        allowed = ", ".join(FAMILIES)
+        found.append(Problem("family", f"there is no family {name!r}{near}; allowed: {allowed}"))
+        return None
+    known = {phase.value: phase for phase in Phase}
+    # a misspelt phase is the schema's matter
+    phase = known.get(str(written.get("phase", Recipe.phase.value)), Recipe.phase)
+    if phase not in FAMILIES[name]:
+        allowed = ", ".join(phase.value for phase in FAMILIES[name])
+        text = f"family {name} has no phase {phase.value}; allowed: {allowed}"
+        found.append(Problem("phase", text))
+        return None
+    return spec_of(name, phase)
 
 
 def _defaults(spec: ModelSpec | None) -> Any:

@@ -36,7 +36,7 @@ from mmtrain.layout.dims import ParallelDims, dims_for
 from mmtrain.layout.names import deciding
 from mmtrain.layout.ranks import launched
 from mmtrain.models.census import take_census
-from mmtrain.models.families import FAMILIES
+from mmtrain.models.families import spec_of
 from mmtrain.models.spec import BatchShape, ModelSpec
 from mmtrain.nn.init import draw_by_name
 from mmtrain.parallel.build import Builder, Construction, Fold, Stage, canonical_parameters
@@ -71,7 +71,7 @@ class Setting:
 
 def read_setting(recipe: Recipe) -> Setting:
     """Family, tokenizer and parameter shapes of a checked recipe."""
-    spec = FAMILIES[recipe.family]
+    spec = spec_of(recipe.family, recipe.phase)
     vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
     census = take_census(spec, recipe.model)
     shapes = {name: shape for layer in census for name, shape in layer.shapes.items()}

@@ -30,7 +30,7 @@ from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.errors import ContentError, ExitCode, MissingError, Problem, RecipeError
 from mmtrain.models.emu.generate import Beams, Choose, EmuSampler, Nucleus, Prompt, greedy
-from mmtrain.models.families import FAMILIES
+from mmtrain.models.families import spec_of
 from mmtrain.models.spec import ModelSpec
 from mmtrain.settings import Recipe, SourceConfig
 
@@ -67,7 +67,7 @@ class Trained:
             else:
                 tokens += group
                 pixels.append(_pixels(piece, layout))
-        context = FAMILIES[self.recipe.family].context(self.recipe.model)
+        context = spec_of(self.recipe.family, self.recipe.phase).context(self.recipe.model)
         if len(tokens) >= context:
             raise ContentError(
                 f"a prompt of {len(tokens)} positions leaves no room in a context of {context}; "
@@ -101,7 +101,7 @@ def load_run(run: Path, checkpoint: str | None = None) -> Trained:
     if seen.recipe is None or seen.faults:
         raise RecipeError(seen.faults)
     recipe = seen.recipe
-    spec = FAMILIES[recipe.family]
+    spec = spec_of(recipe.family, recipe.phase)
     vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
     tensors = portable.open_tensors(run / "checkpoints" / checkpoint if checkpoint else run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,6 +12,14 @@ from typing import Any
 from mmtrain.data.rules import Rule
 
 
+class Phase(Enum):
+    """What a run trains: the phases of the published systems, one run each."""
+
+    pretrain = "pretrain"  # everything, on interleaved documents
+    instruct = "instruct"  # adapters on conversations; the loss counts answers alone
+    decoder = "decoder"  # the visual decoder, on embeddings of a frozen model
+
+
 class Precision(Enum):
     """Numbers of weights and activations; the optimizer's master weights are float32."""
 
@@ -156,6 +164,7 @@ class Recipe:
 
     name: str = "???"  # the run's folder below `output`
     family: str = "emu"
+    phase: Phase = Phase.pretrain
     output: str = "runs"
     seed: int = 0
     model: Any = None  # the family's own dataclass

@@ -178,6 +178,10 @@ def test_an_unknown_family_lists_those_there_are(tiny: Path) -> None:
     assert "there is no family 'emo' (did you mean emu?); allowed: emu" in only(tiny, "family=emo")
 
 
+def test_a_misspelt_phase_is_one_fault(tiny: Path) -> None:
+    assert "did you mean instruct?" in only(tiny, "phase=instrukt")
+
+
 def test_a_dangling_reference_is_a_fault_of_its_key(tiny: Path) -> None:
     fault = only(tiny, "train.steps=${train.stepz}")
     assert fault.startswith("train.steps: cannot resolve '${train.stepz}'")

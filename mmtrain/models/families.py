@@ -1,8 +1,16 @@
-"""The families a recipe may name."""
+"""The families a recipe may name, and what each of their phases trains."""
 
 from collections.abc import Mapping
 
 from mmtrain.models.emu.spec import EMU
 from mmtrain.models.spec import ModelSpec
+from mmtrain.settings import Phase
 
-FAMILIES: Mapping[str, ModelSpec] = {"emu": EMU}
+FAMILIES: Mapping[str, Mapping[Phase, ModelSpec]] = {
+    "emu": {Phase.pretrain: EMU, Phase.instruct: EMU},
+}
+
+
+def spec_of(family: str, phase: Phase) -> ModelSpec:
+    """What a phase of a family trains; `mmtrain.recipe` has checked that there is such a phase."""
+    return FAMILIES[family][phase]
