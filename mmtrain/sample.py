@@ -18,114 +18,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmtrain import recipe as recipes
-from mmtrain.checkpoint import portable
-from mmtrain.checkpoint.portable import FullTensors
 from mmtrain.data import images
 from mmtrain.data.document import Document, Modality
 from mmtrain.data.picture import draw_rows
 from mmtrain.data.shapes_text import judge
 from mmtrain.data.shards import Shards, open_shards
-from mmtrain.data.tokens import SequenceFormat
-from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
-from mmtrain.errors import ContentError, ExitCode, MissingError, Problem, RecipeError
-from mmtrain.models.emu.generate import Beams, Choose, EmuSampler, Nucleus, Prompt, greedy
-from mmtrain.models.families import spec_of
-from mmtrain.models.spec import ModelSpec
-from mmtrain.settings import Recipe, SourceConfig
+from mmtrain.errors import ExitCode, MissingError, Problem, RecipeError
+from mmtrain.models.emu.generate import Prompt
+from mmtrain.nn.choice import Beams, Nucleus
+from mmtrain.settings import SourceConfig
+from mmtrain.trained import BATCH, Trained, load_layers, load_run
+
+__all__ = ["evaluate", "load_layers", "load_run", "sample"]
 
 log = logging.getLogger(__name__)
 
 _IMAGE = re.compile(r"\[([^\[\]]+\.(?:png|jpe?g|webp))\]", re.IGNORECASE)
 _ASKS_IMAGE = "[IMG]"
-_BATCH = 64  # prompts written at a time
 _CANDIDATES = 512  # training images a written image is compared with
 _NEAREST = 5
 _FRAMES = 8  # of a clip that is captioned
 
 Row = list[str | Image.Image]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A run that can write."""
-
-    folder: Path
-    recipe: Recipe
-    vocabulary: Vocabulary
-    layout: SequenceFormat
-    sampler: EmuSampler
-
-    def prompt(self, pieces: Sequence[str | Image.Image]) -> Prompt:
-        """<s>, then texts and pictures in order."""
-        layout = self.layout
-        group = [layout.image_begin, *[layout.image_slot] * layout.visual_tokens, layout.image_end]
-        tokens, pixels = [layout.bos], []
-        for piece in pieces:
-            if isinstance(piece, str):
-                tokens += self.vocabulary.encode(piece) if piece.strip() else []
-            else:
-                tokens += group
-                pixels.append(_pixels(piece, layout))
-        context = spec_of(self.recipe.family, self.recipe.phase).context(self.recipe.model)
-        if len(tokens) >= context:
-            raise ContentError(
-                f"a prompt of {len(tokens)} positions leaves no room in a context of {context}; "
-                "shorten it or leave images out"
-            )
-        return Prompt(tuple(tokens), torch.stack(pixels) if pixels else None)
-
-    def write(
-        self, prompts: Sequence[Prompt], new_tokens: int, choose: Choose = greedy
-    ) -> list[str]:
-        """Text after each prompt."""
-        out = []
-        for start in range(0, len(prompts), _BATCH):
-            ids = self.sampler.text(prompts[start : start + _BATCH], new_tokens, choose)
-            out += [self.vocabulary.decode(row) for row in ids]
-        return out
-
-
-def _pixels(picture: Image.Image, layout: SequenceFormat) -> Tensor:
-    return images.decode(images.encode_png(picture.convert("RGB")), layout)
-
-
-def load_run(run: Path, checkpoint: str | None = None) -> Trained:
-    """Read a run's recipe, tokenizer and weights.
-
-    Raises:
-        MissingError: a part of the run is not there.
-        RecipeError: its recipe has faults.
-    """
-    seen = recipes.examine(run / "recipe.yaml")
-    if seen.recipe is None or seen.faults:
-        raise RecipeError(seen.faults)
-    recipe = seen.recipe
-    spec = spec_of(recipe.family, recipe.phase)
-    vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
-    tensors = portable.open_tensors(run / "checkpoints" / checkpoint if checkpoint else run)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    layout = spec.sequence(recipe.model, vocabulary.ids)
-    sampler = EmuSampler(load_layers(spec, recipe.model, tensors, device), layout)
-    return Trained(run, recipe, vocabulary, layout, sampler)
-
-
-def load_layers(
-    spec: ModelSpec, config: Any, tensors: FullTensors, device: torch.device
-) -> dict[str, torch.nn.Module]:
-    """Every layer of a family with the given weights, on one device, in order of the fold."""
-    out = {}
-    for layer in spec.layers(config):
-        with torch.device("meta"):
-            module = layer.build()
-        for path, owner in module.named_modules():
-            for leaf in list(owner._parameters):
-                if owner._parameters[leaf] is not None:
-                    name = ".".join(part for part in (layer.name, path, leaf) if part)
-                    parameter = torch.nn.Parameter(tensors.get(name).to(device))
-                    owner._parameters[leaf] = parameter.requires_grad_(False)
-        out[layer.name] = module.eval()
-    return out
 
 
 # --- sample --------------------------------------------------------------------------------
@@ -144,10 +58,9 @@ class Options:
     def writer(self, trained: Trained) -> Callable[[Sequence[Prompt]], list[str]]:
         """The function that continues prompts."""
         if self.method != "beam":
-            choose: Choose = greedy
-            if self.method == "top-p":
-                choose = Nucleus(top_p=self.top_p, seed=self.seed)
-            return lambda prompts: trained.write(prompts, self.new_tokens, choose)
+            drawn = self.method == "top-p"
+            nucleus = Nucleus(top_p=self.top_p, seed=self.seed) if drawn else None
+            return lambda prompts: trained.write(prompts, self.new_tokens, nucleus)
         beams = Beams(beams=self.beams, new_tokens=self.new_tokens)
         decode = trained.vocabulary.decode
         return lambda prompts: [decode(trained.sampler.beam(p, beams)) for p in prompts]
@@ -298,8 +211,8 @@ class Gallery:
                     blobs.append(part.media[0])
         rows = []
         with torch.inference_mode():
-            for start in range(0, len(blobs), _BATCH):
-                chunk = blobs[start : start + _BATCH]
+            for start in range(0, len(blobs), BATCH):
+                chunk = blobs[start : start + BATCH]
                 pixels = torch.stack([images.decode(blob, trained.layout) for blob in chunk])
                 rows.append(trained.sampler.encode(pixels))
         return cls(names, blobs, torch.cat(rows))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmtrain.data.batch import Targets
 from mmtrain.encoders.causal_transformer import CausalTransformer
-from mmtrain.models.emu.generate import Beams, EmuSampler, Prompt
+from mmtrain.models.emu.generate import EmuSampler, Prompt
 from mmtrain.models.emu.golden import (
     Comparison,
     Golden,
@@ -28,6 +28,7 @@ from mmtrain.models.emu.golden import (
 )
 from mmtrain.models.emu.model import EmuHead, parameters
 from mmtrain.models.emu.names import PEFT_PREFIX, RELEASE
+from mmtrain.nn.choice import Beams
 from mmtrain.nn.flow import Flow
 from mmtrain.nn.objectives import TokenCrossEntropy, weighted_losses
 

@@ -8,9 +8,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.errors import ContentError
-from mmtrain.models.emu.generate import Beams, EmuSampler, Nucleus, Packed, Prompt
+from mmtrain.models.emu.generate import EmuSampler, Packed, Prompt
 from mmtrain.models.emu.model import parameters
 from mmtrain.models.emu.names import LLAMA
+from mmtrain.nn.choice import Beams, Nucleus
 from mmtrain.nn.embed import splice
 
 GROUP = (IDS["[IMG]"], *[IDS["<image>"]] * QUERIES, IDS["[/IMG]"])
@@ -69,15 +70,20 @@ def test_nucleus_sampling_repeats_with_its_seed_and_spares_torchs_generator(
 ) -> None:
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first = sampler.text(prompts(), 10, Nucleus(top_p=0.95, seed=7))
-    assert first == sampler.text(prompts(), 10, Nucleus(top_p=0.95, seed=7))
-    assert first != sampler.text(prompts(), 10, Nucleus(top_p=0.95, seed=8))
+    first = sampler.text(prompts(), 10, Nucleus(top_p=0.95, seed=7).rows(0, 3))
+    assert first == sampler.text(prompts(), 10, Nucleus(top_p=0.95, seed=7).rows(0, 3))
+    assert first != sampler.text(prompts(), 10, Nucleus(top_p=0.95, seed=8).rows(0, 3))
+    alone = [
+        sampler.text([prompt], 10, Nucleus(top_p=0.95, seed=7).rows(number, 1))[0]
+        for number, prompt in enumerate(prompts())
+    ]
+    assert first == alone  # the prompts beside it do not matter
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_nucleus_sampling_draws_from_the_nucleus_only() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    wide, narrow = Nucleus(top_p=0.75, seed=0), Nucleus(top_p=0.01, seed=0)
+    wide, narrow = Nucleus(top_p=0.75).rows(0, 1), Nucleus(top_p=0.01).rows(0, 1)
     drawn_ids = [int(wide(logits)) for _ in range(300)]
     assert set(drawn_ids) == {0, 1}
     assert 0.5 < drawn_ids.count(0) / 300 < 0.75  # 0.5 / 0.8 of the nucleus

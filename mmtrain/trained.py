@@ -1,0 +1,112 @@
+"""A trained run, ready to write: recipe, tokenizer and full weights on one device.
+
+Whatever layout trained the run: full tensors are merged from the checkpoint by name.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmtrain import recipe as recipes
+from mmtrain.checkpoint import portable
+from mmtrain.checkpoint.portable import FullTensors
+from mmtrain.data import images
+from mmtrain.data.tokens import SequenceFormat
+from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
+from mmtrain.errors import ContentError, RecipeError
+from mmtrain.models.emu.generate import EmuSampler, Prompt
+from mmtrain.models.families import spec_of
+from mmtrain.models.spec import ModelSpec
+from mmtrain.nn.choice import Nucleus, greedy
+from mmtrain.settings import Recipe
+
+BATCH = 64  # prompts written at a time
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that can write."""
+
+    folder: Path
+    recipe: Recipe
+    vocabulary: Vocabulary
+    layout: SequenceFormat
+    sampler: EmuSampler
+
+    def prompt(self, pieces: Sequence[str | Image.Image]) -> Prompt:
+        """<s>, then texts and pictures in order."""
+        layout = self.layout
+        group = [layout.image_begin, *[layout.image_slot] * layout.visual_tokens, layout.image_end]
+        tokens, pixels = [layout.bos], []
+        for piece in pieces:
+            if isinstance(piece, str):
+                tokens += self.vocabulary.encode(piece) if piece.strip() else []
+            else:
+                tokens += group
+                pixels.append(_pixels(piece, layout))
+        context = spec_of(self.recipe.family, self.recipe.phase).context(self.recipe.model)
+        if len(tokens) >= context:
+            raise ContentError(
+                f"a prompt of {len(tokens)} positions leaves no room in a context of {context}; "
+                "shorten it or leave images out"
+            )
+        return Prompt(tuple(tokens), torch.stack(pixels) if pixels else None)
+
+    def write(
+        self, prompts: Sequence[Prompt], new_tokens: int, nucleus: Nucleus | None = None
+    ) -> list[str]:
+        """Text after each prompt: the likeliest, or drawn from the nucleus."""
+        out = []
+        for start in range(0, len(prompts), BATCH):
+            chunk = prompts[start : start + BATCH]
+            choose = nucleus.rows(start, len(chunk)) if nucleus is not None else greedy
+            ids = self.sampler.text(chunk, new_tokens, choose)
+            out += [self.vocabulary.decode(row) for row in ids]
+        return out
+
+
+def _pixels(picture: Image.Image, layout: SequenceFormat) -> Tensor:
+    return images.decode(images.encode_png(picture.convert("RGB")), layout)
+
+
+def load_run(run: Path, checkpoint: str | None = None) -> Trained:
+    """Read a run's recipe, tokenizer and weights.
+
+    Raises:
+        MissingError: a part of the run is not there.
+        RecipeError: its recipe has faults.
+    """
+    seen = recipes.examine(run / "recipe.yaml")
+    if seen.recipe is None or seen.faults:
+        raise RecipeError(seen.faults)
+    recipe = seen.recipe
+    spec = spec_of(recipe.family, recipe.phase)
+    vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
+    tensors = portable.open_tensors(run / "checkpoints" / checkpoint if checkpoint else run)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layout = spec.sequence(recipe.model, vocabulary.ids)
+    sampler = EmuSampler(load_layers(spec, recipe.model, tensors, device), layout)
+    return Trained(run, recipe, vocabulary, layout, sampler)
+
+
+def load_layers(
+    spec: ModelSpec, config: Any, tensors: FullTensors, device: torch.device
+) -> dict[str, torch.nn.Module]:
+    """Every layer of a family with the given weights, on one device, in order of the fold."""
+    out = {}
+    for layer in spec.layers(config):
+        with torch.device("meta"):
+            module = layer.build()
+        for path, owner in module.named_modules():
+            for leaf in list(owner._parameters):
+                if owner._parameters[leaf] is not None:
+                    name = ".".join(part for part in (layer.name, path, leaf) if part)
+                    parameter = torch.nn.Parameter(tensors.get(name).to(device))
+                    owner._parameters[leaf] = parameter.requires_grad_(False)
+        out[layer.name] = module.eval()
+    return out
