@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.errors import ContentError
-from mmtrain.models.emu.generate import EmuSampler, Packed, Prompt
+from mmtrain.models.emu.generate import EmuSampler, Limits, Packed, Prompt
 from mmtrain.models.emu.model import parameters
 from mmtrain.models.emu.names import LLAMA
 from mmtrain.nn.choice import Beams, Nucleus
@@ -63,6 +63,39 @@ def test_a_visual_rollout_with_a_cache_is_that_without_one(sampler: EmuSampler) 
             hidden = rows_without_cache(sampler, opened, slow)
             slow = torch.cat([slow, sampler.head.regressed(hidden[-1:])])
         torch.testing.assert_close(ours, slow, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_prompt_that_asks_for_an_image_gets_that_of_a_rollout_and_text_after_it(
+    sampler: EmuSampler,
+) -> None:
+    asked = [Prompt((*p.tokens, IDS["[IMG]"]), p.pixels) for p in prompts()]
+    # the middle one asks for text alone, beside two that ask for images
+    mixed = [asked[0], prompts()[1], asked[2]]
+    written = sampler.write(mixed, Limits(new_tokens=6, images=1))
+    images = sampler.rollout(prompts())
+    for number in (0, 2):
+        image, text = written[number]
+        torch.testing.assert_close(image, images[number], atol=1e-5, rtol=1e-5)
+        rows = torch.cat([image, sampler._embed.tokens(torch.tensor([IDS["[/IMG]"]]))])
+        hidden = rows_without_cache(sampler, mixed[number], rows)
+        logits = sampler.head.logits(hidden[-1:])
+        logits[:, [IDS["[IMG]"], IDS["[/IMG]"], IDS["<image>"], IDS["[PAD]"]]] = -torch.inf
+        assert text[0] == int(logits.argmax())
+    assert written[1] == sampler.write([prompts()[1]], Limits(new_tokens=6))[0]
+    assert sampler.write([asked[0]], Limits(new_tokens=0, images=1))[0][0].shape == (QUERIES, 32)
+
+
+@torch.inference_mode()
+def test_a_model_that_chooses_to_begins_images_by_itself(form: SequenceFormat) -> None:
+    """Wishes for [IMG] at every token: images until they are used up, then text alone."""
+    eager = EmuSampler(drawn(small()), form)
+    wish = 30.0 * torch.nn.functional.one_hot(torch.tensor(form.image_begin), 44)
+    eager.head.unembed.register_forward_hook(lambda _, inputs, logits: logits + wish)
+    (pieces,) = eager.write(prompts()[:1], Limits(new_tokens=5, images=2))
+    assert [isinstance(piece, Tensor) for piece in pieces] == [True, True, False]
+    (text,) = eager.write(prompts()[:1], Limits(new_tokens=5))
+    assert len(text) == 1 and form.image_begin not in text[0]
 
 
 def test_nucleus_sampling_repeats_with_its_seed_and_spares_torchs_generator(
