@@ -153,7 +153,7 @@ def _sample(arguments: Arguments) -> int:
 
 
 def _evaluate(arguments: Arguments) -> int:
-    from mmtrain.sample import evaluate
+    from mmtrain.evaluate.captions import evaluate
 
     return evaluate(arguments.run, arguments.checkpoint, arguments.documents)
 
