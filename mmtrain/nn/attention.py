@@ -45,24 +45,29 @@ class Cosine(nn.Module):
 
 
 class PackedAttention(nn.Module):
-    """Multi-head self-attention with rotary positions; every row sees one interval of keys."""
+    """Multi-head self-attention with rotary positions; every row sees one interval of keys.
+
+    With fewer key heads than query heads, each serves a group of neighbouring query heads
+    (Ainslie et al. 2023, arXiv:2305.13245).
+    """
 
     def __init__(
         self,
         width: int,
         heads: int,
         *,
+        kv_heads: int,
         q_norm: nn.Module,
         k_norm: nn.Module,
         similarity: nn.Module,
     ) -> None:
-        """Allocate the four projections (no biases); `heads` divides `width`."""
+        """Allocate four projections without biases; `heads` divides `width`, `kv_heads` heads."""
         super().__init__()
         self.head_width = width // heads
         self.enter = nn.Identity()
         self.q = nn.Linear(width, width, bias=False)
-        self.k = nn.Linear(width, width, bias=False)
-        self.v = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(width, kv_heads * self.head_width, bias=False)
+        self.v = nn.Linear(width, kv_heads * self.head_width, bias=False)
         self.q_norm = q_norm
         self.k_norm = k_norm
         self.similarity = similarity

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmtrain.nn.masks import Intervals
+from mmtrain.ops.attention import repeat_heads
 
 
 class KeyValueCache:
@@ -75,7 +76,7 @@ class Step:
         """`[B, H, K]`; here T is B, one row a sequence."""
         rows = torch.arange(self.cache.sequences, device=q_THK.device)
         k, v = (
-            x[:, : self.longest].transpose(1, 2)
+            repeat_heads(x[:, : self.longest], q_THK.shape[-2]).transpose(1, 2)
             for x in self.cache.write(layer, rows, self.position_B, k_THK, v_THK)
         )
         slots = torch.arange(self.longest, device=q_THK.device)

@@ -84,6 +84,13 @@ def test_trunk_switches_do_not_depend_on_the_layout(
     check_equal(two, one)
 
 
+def test_grouped_queries_do_not_depend_on_the_layout(world: World) -> None:
+    grouped = "model.language.kv_heads=2"
+    one = world.train("grouped-1", 1, grouped)
+    four = world.train("grouped-4", 4, grouped, "parallel.tensor=2", "parallel.pipeline=2")
+    check_equal(four, one)
+
+
 # one document fits a pack, and a document is either one picture with its caption or text alone
 SPLIT = (
     "data.pack_tokens=24",

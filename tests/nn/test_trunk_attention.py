@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmtrain.nn.attention import Cosine, DotProduct, PackedAttention
+from mmtrain.nn.cache import KeyValueCache, Prefill, Step
 from mmtrain.nn.masks import Intervals
 from mmtrain.nn.norm import RMSNorm
 from mmtrain.ops.rotary import rotary_tables
@@ -13,11 +14,11 @@ from mmtrain.ops.rotary import rotary_tables
 WIDTH, HEADS, ROWS = 32, 4, 12
 
 
-def attention(similarity: torch.nn.Module) -> PackedAttention:
+def attention(similarity: torch.nn.Module, kv_heads: int = HEADS) -> PackedAttention:
     torch.manual_seed(0)
     identity = torch.nn.Identity
     return PackedAttention(
-        WIDTH, HEADS, q_norm=identity(), k_norm=identity(), similarity=similarity
+        WIDTH, HEADS, kv_heads=kv_heads, q_norm=identity(), k_norm=identity(), similarity=similarity
     )
 
 
@@ -84,3 +85,31 @@ def test_the_number_of_heads_is_read_off_the_projections() -> None:
         part.out.weight = torch.nn.Parameter(module.out.weight[:, rows])
         halves.append(run(part, x))
     torch.testing.assert_close(halves[0] + halves[1], whole)
+
+
+@pytest.mark.parametrize("similarity", [DotProduct(), Cosine(HEADS)])
+def test_grouped_queries_equal_full_heads_with_repeated_keys(similarity: torch.nn.Module) -> None:
+    grouped, full = attention(similarity, kv_heads=2), attention(similarity)
+    assert grouped.k.weight.shape == grouped.v.weight.shape == (WIDTH // 2, WIDTH)
+    with torch.no_grad():
+        full.q.weight.copy_(grouped.q.weight)
+        full.out.weight.copy_(grouped.out.weight)
+        for name in ("k", "v"):
+            heads = getattr(grouped, name).weight.unflatten(0, (2, -1))
+            getattr(full, name).weight.copy_(heads.repeat_interleave(2, 0).flatten(0, 1))
+    x = torch.randn(ROWS, WIDTH)
+    torch.testing.assert_close(run(grouped, x), run(full, x))
+
+
+@torch.inference_mode()
+def test_grouped_keys_are_kept_narrow_and_read_alike_while_writing() -> None:
+    module, x = attention(DotProduct(), kv_heads=2), torch.randn(ROWS, WIDTH)
+    cos, sin = rotary_tables(torch.arange(ROWS), WIDTH // HEADS, 1e4)
+    cache, last = KeyValueCache(1, ROWS), ROWS - 1
+    zeros, slots = torch.zeros(last, dtype=torch.int64), torch.arange(last)
+    prefill = Prefill(cache, Intervals.causal_packed(zeros), zeros, slots)
+    module(x[:last], (cos[:last], sin[:last]), prefill)
+    step = Step(cache, torch.tensor([last]), ROWS)
+    written = module(x[last:], (cos[last:], sin[last:]), step)
+    torch.testing.assert_close(written, run(module, x)[last:])
+    assert cache.write(module, zeros[:0], slots[:0], *torch.zeros(2, 0, 2, 8))[0].shape[-2] == 2

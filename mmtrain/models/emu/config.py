@@ -60,12 +60,18 @@ class LanguageConfig:
     layers: int = 40
     width: int = 5120
     heads: int = 40
+    kv_heads: int = 0  # heads of keys and values, each shared by heads / kv_heads; 0 = heads
     mlp_width: int = 13824
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     context: int = 2048  # longest document, in positions
     qk_norm: QkNorm = QkNorm.none
     attention: AttentionKind = AttentionKind.dot
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
 
 
 @dataclass(frozen=True, kw_only=True)

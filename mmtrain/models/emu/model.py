@@ -157,6 +157,7 @@ def _block(config: LanguageConfig) -> nn.Module:
         attention=PackedAttention(
             config.width,
             config.heads,
+            kv_heads=config.key_heads,
             q_norm=norm(head_width, config.norm_eps),
             k_norm=norm(head_width, config.norm_eps),
             similarity=_SIMILARITIES[config.attention](config.heads),

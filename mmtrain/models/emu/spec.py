@@ -157,7 +157,8 @@ def _block_flops(config: LanguageConfig, tokens: int) -> float:
     width = config.width
     documents, rest = divmod(tokens, config.context)
     pairs = documents * config.context * (config.context + 1) // 2 + rest * (rest + 1) // 2
-    weights = 4 * width**2 + 3 * width * config.mlp_width
+    keys = width * config.key_heads // config.heads
+    weights = 2 * width * (width + keys) + 3 * width * config.mlp_width
     return 2.0 * tokens * weights + 4.0 * pairs * width
 
 
@@ -172,6 +173,8 @@ def problems(config: EmuConfig, tensor: int) -> Iterator[Problem]:
     )
     yield from _divides("model.vision.width", vision.width, "heads", vision.heads)
     yield from _divides("model.language.width", language.width, "heads", language.heads)
+    if language.kv_heads > 0:
+        yield from _divides("model.language.heads", language.heads, "kv_heads", language.kv_heads)
     if language.heads > 0 and (language.width // language.heads) % 2:
         width = language.width // language.heads
         yield Problem(
@@ -208,6 +211,7 @@ def _split_lengths(config: EmuConfig) -> list[tuple[str, int]]:
         ("model.causal.heads", config.causal.heads),
         ("model.causal.mlp_width", config.causal.mlp_width),
         ("model.language.heads", config.language.heads),
+        ("model.language.kv_heads", config.language.kv_heads),
         ("model.language.mlp_width", config.language.mlp_width),
         ("model.language.width", config.language.width),
     ]
@@ -215,6 +219,8 @@ def _split_lengths(config: EmuConfig) -> list[tuple[str, int]]:
 
 def _positive(place: str, section: object) -> Iterable[Problem]:
     for key, value in vars(section).items():
+        if key == "kv_heads" and value == 0:
+            continue  # as many as heads
         if isinstance(value, int | float) and value <= 0:
             yield Problem(f"{place}.{key}", f"found {value}; it must be positive")
 

@@ -6,14 +6,20 @@ from small_emu import document, packed, small
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmtrain.data.tokens import SequenceFormat
+from mmtrain.models.emu.config import EmuConfig
 from mmtrain.models.emu.model import build_plain, losses, parameters
 from mmtrain.models.emu.names import LLAMA
 
 
+@pytest.fixture(params=[0, 2], ids=["full-heads", "grouped-queries"])
+def config(request: pytest.FixtureRequest) -> EmuConfig:
+    return small(kv_heads=request.param)
+
+
 @pytest.fixture
-def theirs() -> LlamaForCausalLM:
+def theirs(config: EmuConfig) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    language = small().language
+    language = config.language
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=language.vocabulary,
@@ -21,6 +27,7 @@ def theirs() -> LlamaForCausalLM:
             intermediate_size=language.mlp_width,
             num_hidden_layers=language.layers,
             num_attention_heads=language.heads,
+            num_key_value_heads=language.key_heads,
             rms_norm_eps=language.norm_eps,
             rope_theta=language.rope_theta,
         )
@@ -31,10 +38,10 @@ def theirs() -> LlamaForCausalLM:
 
 
 def test_losses_and_gradients_are_those_of_transformers(
-    theirs: LlamaForCausalLM, form: SequenceFormat
+    theirs: LlamaForCausalLM, config: EmuConfig, form: SequenceFormat
 ) -> None:
     """Two text documents in one pack, against two padded rows with a mask."""
-    model = build_plain(small())
+    model = build_plain(config)
     named = parameters(model)
     trunk = [name for name in named if LLAMA.foreign_name(name)]
     weights = LLAMA.to_canonical(theirs.state_dict(), {n: named[n].shape for n in trunk})
