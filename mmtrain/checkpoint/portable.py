@@ -2,27 +2,77 @@
 
 Reads the rank files of a checkpoint and merges tensor slices and ZeRO-3 partitions, one tensor at
 a time; or reads a folder of exported full tensors. Exports have the layout of Hugging Face
-folders: `model-0000k-of-n.safetensors` and `model.safetensors.index.json`.
+folders: `model-0000k-of-n.safetensors` and `model.safetensors.index.json`. Beside them
+`mmtrain.json` says what they are, and `dropped.safetensors` may keep what a release holds and no
+model uses.
 """
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mmtrain.checkpoint import store
 from mmtrain.checkpoint.manifest import Manifest
+from mmtrain.checkpoint.tensorfile import DTYPES, INDEX, TensorInfo, write_sharded
 from mmtrain.errors import ContentError, MissingError, StorageError
 from mmtrain.layout.plan import Slice
 
 WEIGHT = "weight/"  # prefix of weights in a rank file
-_INDEX = "model.safetensors.index.json"
+DESCRIPTION = "mmtrain.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a folder of full tensors is (`mmtrain.json`).
+
+    Attributes:
+        kind: what is in it, as in `emu`, `llama`, `eva`, `lora`, `unet`.
+        model: the `model:` section it fits, as far as it is known.
+        lora: `rank`, `alpha` and `targets` of the adapters, or None without any.
+        foreign: what the way back needs, such as a diffusers configuration.
+    """
+
+    kind: str
+    model: dict[str, Any]
+    lora: dict[str, Any] | None = None
+    foreign: dict[str, Any] | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write `mmtrain.json`."""
+        (folder / DESCRIPTION).write_text(self.text())
+
+    def text(self) -> str:
+        """The file's content."""
+        return json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> "Description | None":
+        """Read a folder's description, None when it has none (exports before version 1).
+
+        Raises:
+            ContentError: it is not one this version can read.
+        """
+        path = folder / DESCRIPTION
+        if not path.exists():
+            return None
+        try:
+            raw = json.loads(path.read_text())
+            version = raw.pop("version")
+            if version != VERSION:
+                raise ContentError(f"{path}: version {version}, this code reads {VERSION}")
+            return cls(**raw)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ContentError(f"{path}: not a description of weights ({error!r})") from error
 
 
 class FullTensors(Protocol):
@@ -33,6 +83,9 @@ class FullTensors(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a tensor."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Full shape and number type of a tensor."""
 
     def get(self, name: str) -> Tensor:
         """The full tensor."""
@@ -55,6 +108,12 @@ class CheckpointTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a tensor."""
         return self.manifest.weights[name].shape
+
+    def info(self, name: str) -> TensorInfo:
+        """Full shape and number type of a tensor."""
+        entry = self.manifest.weights[name]
+        holder = store.rank_file(self.manifest.dims.rank((entry.stage, 0, 0)))
+        return TensorInfo(entry.shape, _info(self.folder / holder, WEIGHT + name).dtype)
 
     def get(self, name: str) -> Tensor:
         """Merge one tensor from the rank files that hold it."""
@@ -96,13 +155,13 @@ class ExportedTensors:
         """
         self.folder = folder
         try:
-            self._files: dict[str, str] = json.loads((folder / _INDEX).read_text())["weight_map"]
+            self._files: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
         except FileNotFoundError as error:
             raise MissingError(
-                f"{folder / _INDEX}: not found; expected a folder written by `mmtrain convert`"
+                f"{folder / INDEX}: not found; expected a folder written by `mmtrain convert`"
             ) from error
         except (ValueError, KeyError) as error:
-            raise ContentError(f"{folder / _INDEX}: not a weight index ({error!r})") from error
+            raise ContentError(f"{folder / INDEX}: not a weight index ({error!r})") from error
 
     def names(self) -> list[str]:
         """Canonical names, sorted."""
@@ -110,12 +169,21 @@ class ExportedTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a tensor."""
-        with safe_open(self.folder / self._files[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+        return self.info(name).shape
+
+    def info(self, name: str) -> TensorInfo:
+        """Full shape and number type of a tensor."""
+        return _info(self.folder / self._files[name], name)
 
     def get(self, name: str) -> Tensor:
         """The full tensor."""
         return _read(self.folder / self._files[name], name)
+
+
+def _info(path: Path, key: str) -> TensorInfo:
+    with safe_open(path, framework="pt") as file:
+        found = file.get_slice(key)
+        return TensorInfo(tuple(found.get_shape()), DTYPES[found.get_dtype()])
 
 
 def _read(path: Path, key: str) -> Tensor:
@@ -130,7 +198,7 @@ def open_tensors(path: Path) -> FullTensors:
     Raises:
         MissingError: nothing of the kind is there.
     """
-    if (path / _INDEX).exists():
+    if (path / INDEX).exists():
         return ExportedTensors(path)
     if (path / "manifest.json").exists():
         return CheckpointTensors(path)
@@ -139,54 +207,48 @@ def open_tensors(path: Path) -> FullTensors:
         return CheckpointTensors(found[-1])
     raise MissingError(
         f"{path}: holds no weights; expected a run folder with a committed checkpoint, a "
-        f"checkpoint (manifest.json) or an export ({_INDEX})"
+        f"checkpoint (manifest.json) or an export ({INDEX})"
     )
 
 
-def _shards(tensors: FullTensors, limit_bytes: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name in tensors.names():
-        tensor = tensors.get(name)
-        if shard and size + tensor.nbytes > limit_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor.contiguous()
-        size += tensor.nbytes
-    yield shard
-
-
-def export(tensors: FullTensors, out: Path, limit_bytes: int = 4 << 30) -> list[Path]:
-    """Write full tensors as safetensors shards and an index; memory stays near one shard.
+def export(
+    tensors: FullTensors,
+    out: Path,
+    description: Description | None = None,
+    limit_bytes: int = 4 << 30,
+) -> list[Path]:
+    """Write full tensors as safetensors shards and an index; memory holds one tensor.
 
     Raises:
         StorageError: `out` exists already, or cannot be written.
     """
-    if out.exists() and any(out.iterdir()):
-        raise StorageError(f"{out}: is not empty; name a new folder, nothing was overwritten")
+    infos = {name: tensors.info(name) for name in tensors.names()}
+    with new_folder(out) as partial:
+        names = write_sharded(partial, infos, tensors.get, limit_bytes)
+        if description is not None:
+            description.write(partial)
+    return [out / name for name in names]
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when all went well.
+
+    Raises:
+        StorageError: `out` exists and is not empty, or cannot be written.
+    """
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise StorageError(f"{out}: is there already; name a new folder, nothing was overwritten")
     partial = out.with_name(out.name + ".partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        files, members = [], []
-        for number, shard in enumerate(_shards(tensors, limit_bytes)):
-            files.append(partial / f"shard-{number}.safetensors")
-            members.append(list(shard))
-            save_file(shard, files[-1])
-        names = [
-            f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
-            for number in range(len(files))
-        ]
-        for file, name in zip(files, names, strict=True):
-            file.rename(partial / name)
-        index = {
-            "weight_map": {
-                tensor: name for name, group in zip(names, members, strict=True) for tensor in group
-            }
-        }
-        (partial / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        if partial.exists():  # left by a conversion that was killed
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        yield partial
         if out.exists():
             out.rmdir()
         partial.rename(out)
     except OSError as error:
         raise StorageError(f"{out}: cannot be written: {error}") from error
-    return [out / name for name in names]
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
