@@ -145,11 +145,23 @@ def _data_look(arguments: Arguments) -> int:
 
 
 def _sample(arguments: Arguments) -> int:
-    from mmtrain.sample import sample
+    from mmtrain.artist import Style
+    from mmtrain.prompts import read_prompts
+    from mmtrain.sample import Options, sample
 
-    options = vars(arguments)
-    names = ("run", "prompt", "method", "top_p", "beams", "new_tokens", "seed", "checkpoint", "out")
-    return sample(**{name: options[name] for name in names})
+    given = vars(arguments)
+    style = Style(**{name: given[name] for name in ("scheduler", "steps", "guidance", "seed")})
+    names = ("method", "top_p", "temperature", "beams", "new_tokens", "images", "samples")
+    options = Options(style=style, **{name: given[name] for name in names})
+    prompts = arguments.prompt + (read_prompts(arguments.prompts) if arguments.prompts else [])
+    return sample(
+        arguments.run,
+        prompts,
+        options,
+        checkpoint=arguments.checkpoint,
+        decoder=arguments.decoder,
+        out=arguments.out,
+    )
 
 
 def _evaluate(arguments: Arguments) -> int:
@@ -226,28 +238,71 @@ def _takes_sample(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="text with images as [path.png]; a prompt that ends with [IMG] asks for an image; may "
-        "be repeated; held-out documents are used if left out",
+        help="text with pictures and clips as [path.png], [path.mp4]; a prompt that ends with "
+        "[IMG] asks for an image; may be repeated; held-out documents are used if left out",
     )
-    parser.add_argument(
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line")
+    text = parser.add_argument_group("text")
+    text.add_argument(
         "--method",
         choices=("greedy", "top-p", "beam"),
         default="greedy",
         help="default: %(default)s",
     )
-    parser.add_argument(
-        "--top-p", type=float, default=0.9, metavar="P", help="default: %(default)s"
+    text.add_argument("--top-p", type=_share, default=0.9, metavar="P", help="default: %(default)s")
+    text.add_argument(
+        "--temperature", type=_above_zero, default=1.0, metavar="T", help="of top-p; default: 1"
     )
-    parser.add_argument(
+    text.add_argument(
         "--beams", type=_positive, default=5, metavar="N", help="default: %(default)s"
     )
-    parser.add_argument(
+    text.add_argument(
         "--new-tokens", type=_positive, default=64, metavar="N", help="default: %(default)s"
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of top-p; default: %(default)s"
+    text.add_argument(
+        "--images",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="images that a text may begin by itself, where the model was trained with "
+        "data.learn_image_begin; default: %(default)s",
     )
+    _takes_decoder(parser)
+    parser.add_argument(
+        "--samples",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="pictures of each image that a decoder draws; default: %(default)s",
+    )
+    parser.add_argument("--seed", type=_count, default=0, metavar="S", help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="DIR", help="RUN/samples if left out")
+
+
+def _takes_decoder(parser: argparse.ArgumentParser) -> None:
+    pictures = parser.add_argument_group("pictures")
+    pictures.add_argument(
+        "--decoder",
+        type=Path,
+        metavar="RUN",
+        help="a decoder run that draws images; without one, the nearest training images are shown",
+    )
+    pictures.add_argument(
+        "--scheduler",
+        choices=("pndm", "ddim", "dpm"),
+        default="pndm",
+        help="default: %(default)s, as released",
+    )
+    pictures.add_argument(
+        "--steps", type=_positive, default=50, metavar="N", help="default: %(default)s"
+    )
+    pictures.add_argument(
+        "--guidance",
+        type=_above_zero,
+        default=7.5,
+        metavar="G",
+        help="1 = none; default: %(default)s",
+    )
 
 
 def _takes_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -323,6 +378,33 @@ def _positive(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"found {word!r}; wanted: a whole number from 1")
     return int(word)
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"found {word!r}; wanted: a whole number from 0")
+    return int(word)
+
+
+def _above_zero(word: str) -> float:
+    number = _number(word)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {word!r}; wanted: a number above 0")
+    return number
+
+
+def _share(word: str) -> float:
+    number = _number(word)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"found {word!r}; wanted: a number above 0, at most 1")
+    return number
+
+
+def _number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {word!r}; wanted: a number") from None
 
 
 def _faults(error: RecipeError) -> str:

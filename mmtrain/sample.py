@@ -1,164 +1,188 @@
 """What a trained run writes: text after prompts that may hold images, images after text.
 
-One process, whatever layout trained the run: full tensors are merged from the checkpoint by name.
-Until a visual decoder is trained, an image is shown as the training images whose embeddings lie
-nearest to the one that was written.
+One process, whatever layout trained the run. With a visual decoder an image is drawn; without one
+it is shown as the training images whose embeddings lie nearest to the one that was written.
 """
 
 import json
-import logging
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from io import BytesIO
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from mmtrain.data import images
+from mmtrain.artist import Artist, Style
 from mmtrain.data.document import Document, Modality
 from mmtrain.data.picture import draw_rows
-from mmtrain.data.shards import Shards, open_shards
-from mmtrain.errors import ExitCode, MissingError, Problem, RecipeError
-from mmtrain.models.emu.generate import Prompt
+from mmtrain.errors import ExitCode, MissingError
+from mmtrain.gallery import Gallery, illustrated, opened
+from mmtrain.models.emu.generate import Limits, Prompt
 from mmtrain.nn.choice import Beams, Nucleus
-from mmtrain.settings import SourceConfig
-from mmtrain.trained import BATCH, Trained, load_layers, load_run
+from mmtrain.prompts import Request, Row, parse
+from mmtrain.trained import Trained, load_layers, load_run
 
-__all__ = ["load_layers", "load_run", "sample"]
+__all__ = ["Options", "load_layers", "load_run", "sample"]
 
-log = logging.getLogger(__name__)
-
-_IMAGE = re.compile(r"\[([^\[\]]+\.(?:png|jpe?g|webp))\]", re.IGNORECASE)
-_ASKS_IMAGE = "[IMG]"
-_CANDIDATES = 512  # training images a written image is compared with
-_NEAREST = 5
-
-Row = list[str | Image.Image]
+Record = dict[str, Any]
 
 
-# --- sample --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """How text is chosen."""
+    """How text is chosen and how much is written.
 
-    method: str
-    top_p: float
-    beams: int
-    new_tokens: int
-    seed: int
+    Attributes:
+        method: greedy, top-p or beam.
+        top_p: probability mass that top-p draws from.
+        temperature: of top-p.
+        beams: width of the beam.
+        new_tokens: of text at most.
+        images: images a sequence may begin by itself, where the model chooses [IMG].
+        samples: pictures of every image that a decoder draws.
+        style: how a decoder draws; its seed is top-p's too.
+    """
 
-    def writer(self, trained: Trained) -> Callable[[Sequence[Prompt]], list[str]]:
-        """The function that continues prompts."""
-        if self.method != "beam":
-            drawn = self.method == "top-p"
-            nucleus = Nucleus(top_p=self.top_p, seed=self.seed) if drawn else None
-            return lambda prompts: trained.write(prompts, self.new_tokens, nucleus)
-        beams = Beams(beams=self.beams, new_tokens=self.new_tokens)
-        decode = trained.vocabulary.decode
-        return lambda prompts: [decode(trained.sampler.beam(p, beams)) for p in prompts]
+    method: str = "greedy"
+    top_p: float = 0.9
+    temperature: float = 1.0
+    beams: int = 5
+    new_tokens: int = 64
+    images: int = 0
+    samples: int = 1
+    style: Style = field(default_factory=Style)
+
+    @property
+    def nucleus(self) -> Nucleus | None:
+        """What top-p draws from."""
+        if self.method != "top-p":
+            return None
+        return Nucleus(top_p=self.top_p, temperature=self.temperature, seed=self.style.seed)
 
 
 def sample(
     run: Path,
-    prompt: Sequence[str],
-    method: str,
-    top_p: float,
-    beams: int,
-    new_tokens: int,
-    seed: int,
-    checkpoint: str | None,
-    out: Path | None,
+    prompts: Sequence[str],
+    options: Options,
+    *,
+    checkpoint: str | None = None,
+    decoder: Path | None = None,
+    out: Path | None = None,
 ) -> int:
     """Write text and images with a run; pictures and `samples.jsonl` go to `out`.
 
     Args:
-        run: the run's folder.
-        prompt: texts with images as `[path.png]`; one that ends with `[IMG]` asks for an image.
-            Held-out documents of the recipe serve when there is none.
-        method: greedy, top-p or beam.
-        top_p: probability mass that top-p draws from.
-        beams: width of the beam.
-        new_tokens: of text at most.
-        seed: of top-p.
-        checkpoint: name of a checkpoint, or None for the newest.
+        run: the run's folder; of a decoder run, the model that it draws for is the writer.
+        prompts: as in `mmtrain.prompts`; held-out documents of the recipe serve when there is none.
+        options: how.
+        checkpoint: of `run`, by name; None for the newest.
+        decoder: a decoder run that draws the images, if any.
         out: folder, or None for `samples` in the run's folder.
     """
-    texts = [_parse(words) for words in prompt]  # before the weights are read
-    trained = load_run(run, checkpoint)
-    if not texts:
-        texts = list(_heldout_prompts(trained))
-    write = Options(method, top_p, beams, new_tokens, seed).writer(trained)
-    asked = [pieces for pieces, wants_image in texts if not wants_image]
-    wanted = [pieces for pieces, wants_image in texts if wants_image]
+    requests = parse(prompts)  # before the weights are read
+    artist = Artist.load(run, decoder, checkpoint, options.style)
+    trained = artist.trained
+    if not requests:
+        requests = list(_heldout_prompts(trained))
     folder = out or run / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    records: list[dict[str, Any]] = []
-    if asked:
-        written = write([trained.prompt(pieces) for pieces in asked])
-        rows: list[Row] = [
-            [*pieces, "->", text] for pieces, text in zip(asked, written, strict=True)
-        ]
-        _show(rows, folder / "text.png")
-        for pieces, text in zip(asked, written, strict=True):
-            records.append({"prompt": _plain(pieces), "text": text})
-            print(f"{_plain(pieces)} -> {text}")
-    if wanted:
-        rows, nearest = [], Gallery.of(trained)
-        rollouts = trained.sampler.rollout([trained.prompt(pieces) for pieces in wanted])
-        for pieces, embedding in zip(wanted, rollouts, strict=True):
-            found = nearest.search(embedding)
-            rows.append([*pieces, "->", *(nearest.picture(index) for index, _ in found)])
-            names = [nearest.names[index] for index, _ in found]
-            error = found[0][1]
-            records.append({"prompt": _plain(pieces), "nearest": names, "error": error})
-            print(f"{_plain(pieces)} -> image like {names[0]} (error {error:.4f})")
-        _show(rows, folder / "images.png")
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "samples.jsonl").write_text(lines)
+    sheet = _Sheet(folder, artist, options.samples)
+    asked = [r for r in requests if not r.wants_image and not options.images]
+    for request, text in zip(asked, _texts(trained, asked, options), strict=True):
+        sheet.add(request, [text])
+    wanted = [r for r in requests if r.wants_image or options.images]
+    for request, pieces in zip(wanted, _interleaved(trained, wanted, options), strict=True):
+        sheet.add(request, pieces)
+    sheet.write()
     print(f"{folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
     return ExitCode.DONE
 
 
-def _parse(words: str) -> tuple[Row, bool]:
-    """Texts and pictures of a prompt, and whether it asks for an image.
-
-    Raises:
-        RecipeError: pictures that are not there or cannot be opened, all at once.
-    """
-    wants_image = words.rstrip().endswith(_ASKS_IMAGE)
-    words = words.rstrip().removesuffix(_ASKS_IMAGE) if wants_image else words
-    pieces: Row = []
-    faults = []
-    for index, piece in enumerate(_IMAGE.split(words)):
-        if index % 2 == 0:
-            pieces += [piece] if piece.strip() else []
-            continue
-        try:
-            pieces.append(Image.open(piece).convert("RGB"))
-        except OSError as error:
-            faults.append(Problem("--prompt", f"picture {piece} cannot be opened: {error}"))
-    if faults:
-        raise RecipeError(faults)
-    return pieces, wants_image
+def _texts(trained: Trained, requests: Sequence[Request], options: Options) -> list[str]:
+    prompts = [trained.prompt(request.pieces) for request in requests]
+    if options.method != "beam":
+        return trained.write(prompts, options.new_tokens, options.nucleus)
+    beams = Beams(beams=options.beams, new_tokens=options.new_tokens)
+    return [trained.vocabulary.decode(trained.sampler.beam(p, beams)) for p in prompts]
 
 
-def _plain(pieces: Row) -> str:
-    return " ".join(piece.strip() if isinstance(piece, str) else "[image]" for piece in pieces)
+def _interleaved(
+    trained: Trained, requests: Sequence[Request], options: Options
+) -> list[list[str | Tensor]]:
+    """Texts and images; as published, an image that was asked for ends the sequence."""
+    prompts = []
+    for request in requests:
+        prompt = trained.prompt(request.pieces)
+        if request.wants_image and options.images:
+            prompt = Prompt((*prompt.tokens, trained.layout.image_begin), prompt.pixels)
+        prompts.append(prompt)
+    if options.images:
+        limits = Limits(new_tokens=options.new_tokens, images=options.images)
+        return trained.interleave(prompts, limits, options.nucleus)
+    return [[rows] for rows in trained.rollout(prompts)] if prompts else []
 
 
-def _show(rows: list[Row], path: Path) -> None:
-    draw_rows(rows).save(path)
+class _Sheet:
+    """What was written: lines on the screen, `samples.jsonl`, and two pictures to look at."""
+
+    def __init__(self, folder: Path, artist: Artist, samples: int) -> None:
+        self.folder, self.artist, self.samples = folder, artist, samples
+        self.records: list[Record] = []
+        self.rows: dict[str, list[Row]] = {"text.png": [], "images.png": []}
+        self._gallery: Gallery | None = None
+        self._drawn = 0
+
+    def add(self, request: Request, pieces: Sequence[str | Tensor]) -> None:
+        """One answered prompt."""
+        shown: Row = [*request.pieces, "->"]
+        entries: list[Record] = []
+        for piece in pieces:
+            if isinstance(piece, str):
+                shown.append(piece)
+                entries.append({"text": piece})
+                print(f"{request.plain} -> {piece}")
+            else:
+                pictures, entry = self._image(request, piece)
+                shown += pictures
+                entries.append(entry)
+        has_image = any(isinstance(piece, Tensor) for piece in pieces)
+        self.rows["images.png" if has_image else "text.png"].append(shown)
+        one = entries[0] if len(entries) == 1 else {"pieces": entries}
+        self.records.append({"prompt": request.plain, **one})
+
+    def _image(self, request: Request, rows_QD: Tensor) -> tuple[list[Image.Image], Record]:
+        if self.artist.drawer is None:
+            return self._nearest(request, rows_QD)
+        names = []
+        pictures = self.artist.pictures(rows_QD[None].repeat(self.samples, 1, 1), self._drawn)
+        for picture in pictures:
+            names.append(f"image-{self._drawn:04d}.png")
+            picture.save(self.folder / names[-1])
+            self._drawn += 1
+        print(f"{request.plain} -> {', '.join(names)}")
+        return pictures, {"images": names}
+
+    def _nearest(self, request: Request, rows_QD: Tensor) -> tuple[list[Image.Image], Record]:
+        if self._gallery is None:
+            self._gallery = Gallery.of(self.artist.trained)
+        gallery = self._gallery
+        found = gallery.search(rows_QD)
+        names, error = [gallery.names[index] for index, _ in found], found[0][1]
+        print(f"{request.plain} -> image like {names[0]} (error {error:.4f})")
+        return [gallery.picture(i) for i, _ in found], {"nearest": names, "error": error}
+
+    def write(self) -> None:
+        """Leave everything in the folder."""
+        for name, rows in self.rows.items():
+            if rows:
+                draw_rows(rows).save(self.folder / name)
+        lines = "".join(json.dumps(record) + "\n" for record in self.records)
+        (self.folder / "samples.jsonl").write_text(lines)
 
 
-def _heldout_prompts(trained: Trained, count: int = 6) -> Iterator[tuple[Row, bool]]:
+def _heldout_prompts(trained: Trained, count: int = 6) -> Iterator[Request]:
     """Held-out pictures to be described, and held-out texts to be drawn."""
-    described = [document for _, document in _pairs(trained.recipe.data.heldout, count)]
+    described = [document for _, document in illustrated(trained.recipe.data.heldout, count)]
     if not described:
         raise MissingError(
             "the recipe has no data.heldout source with images; give --prompt, as in "
@@ -166,64 +190,10 @@ def _heldout_prompts(trained: Trained, count: int = 6) -> Iterator[tuple[Row, bo
         )
     for document in described[:count]:
         picture = next(p for p in document.parts if p.modality is not Modality.text)
-        yield [_open(picture.media[0]), *_beginning(document)], False
+        yield Request([opened(picture.media[0]), *_beginning(document)], wants_image=False)
     for document in described[:count]:
-        yield [next(p.text for p in document.parts if p.modality is Modality.text)], True
-
-
-def _open(blob: bytes) -> Image.Image:
-    return Image.open(BytesIO(blob)).convert("RGB")
-
-
-def _pairs(sources: dict[str, SourceConfig], count: int) -> Iterator[tuple[str, Document]]:
-    """The first documents of every source that hold both a picture and a text."""
-    for name, config in sources.items():
-        for document in _documents(open_shards(Path(config.path), config.remote), count):
-            kinds = {part.modality for part in document.parts}
-            if Modality.text in kinds and len(kinds) > 1:
-                yield name, document
-
-
-def _documents(shards: Shards, count: int) -> Iterator[Document]:
-    for number in range(min(count, len(shards))):
-        yield shards.document(number)
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Training images and their embeddings."""
-
-    names: list[str]
-    blobs: list[bytes]
-    embeddings_NQD: Tensor
-
-    @classmethod
-    def of(cls, trained: Trained) -> "Gallery":
-        """The first single images of the recipe's sources, embedded by the run."""
-        names: list[str] = []
-        blobs: list[bytes] = []
-        for source, document in _pairs(trained.recipe.data.sources, _CANDIDATES):
-            for part in document.parts:
-                if part.modality is Modality.image and len(blobs) < _CANDIDATES:
-                    names.append(f"{source}/{document.sample_id}")
-                    blobs.append(part.media[0])
-        rows = []
-        with torch.inference_mode():
-            for start in range(0, len(blobs), BATCH):
-                chunk = blobs[start : start + BATCH]
-                pixels = torch.stack([images.decode(blob, trained.layout) for blob in chunk])
-                rows.append(trained.sampler.encode(pixels))
-        return cls(names, blobs, torch.cat(rows))
-
-    def search(self, embedding_QD: Tensor) -> list[tuple[int, float]]:
-        """(index, mean squared error) of the nearest images, nearest first."""
-        errors = (self.embeddings_NQD - embedding_QD).float().square().mean((1, 2))
-        found = errors.topk(min(_NEAREST, len(self.names)), largest=False)
-        return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
-
-    def picture(self, index: int) -> Image.Image:
-        """A training image."""
-        return _open(self.blobs[index])
+        words = next(p.text for p in document.parts if p.modality is Modality.text)
+        yield Request([words], wants_image=True)
 
 
 def _beginning(document: Document) -> list[str]:

@@ -3,7 +3,7 @@
 Whatever layout trained the run: full tensors are merged from the checkpoint by name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from mmtrain.data import images
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.errors import ContentError, RecipeError
-from mmtrain.models.emu.generate import EmuSampler, Prompt
+from mmtrain.models.emu.generate import EmuSampler, Limits, Prompt
 from mmtrain.models.families import spec_of
 from mmtrain.models.spec import ModelSpec
-from mmtrain.nn.choice import Nucleus, greedy
+from mmtrain.nn.choice import Choose, Nucleus, greedy
 from mmtrain.settings import Recipe
 
 BATCH = 64  # prompts written at a time
@@ -62,12 +62,36 @@ class Trained:
     ) -> list[str]:
         """Text after each prompt: the likeliest, or drawn from the nucleus."""
         out = []
-        for start in range(0, len(prompts), BATCH):
-            chunk = prompts[start : start + BATCH]
-            choose = nucleus.rows(start, len(chunk)) if nucleus is not None else greedy
-            ids = self.sampler.text(chunk, new_tokens, choose)
+        for start, chunk in _chunks(prompts):
+            ids = self.sampler.text(chunk, new_tokens, _choice(nucleus, start, len(chunk)))
             out += [self.vocabulary.decode(row) for row in ids]
         return out
+
+    def interleave(
+        self, prompts: Sequence[Prompt], limits: Limits, nucleus: Nucleus | None = None
+    ) -> list[list[str | Tensor]]:
+        """Texts and visual rows `[Q, D]` in turn after each prompt (`EmuSampler.write`)."""
+        out: list[list[str | Tensor]] = []
+        for start, chunk in _chunks(prompts):
+            choose = _choice(nucleus, start, len(chunk))
+            for pieces in self.sampler.write(chunk, limits, choose):
+                decode = self.vocabulary.decode
+                texts = [p if isinstance(p, Tensor) else decode(p) for p in pieces]
+                out.append([piece for piece in texts if isinstance(piece, Tensor) or piece])
+        return out
+
+    def rollout(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Visual rows `[B, Q, D]` of the image that follows each prompt."""
+        return torch.cat([self.sampler.rollout(chunk) for _, chunk in _chunks(prompts)])
+
+
+def _chunks(prompts: Sequence[Prompt]) -> Iterator[tuple[int, Sequence[Prompt]]]:
+    for start in range(0, len(prompts), BATCH):
+        yield start, prompts[start : start + BATCH]
+
+
+def _choice(nucleus: Nucleus | None, first: int, count: int) -> Choose:
+    return greedy if nucleus is None else nucleus.rows(first, count)
 
 
 def _pixels(picture: Image.Image, layout: SequenceFormat) -> Tensor:

@@ -5,6 +5,7 @@ are stored as encoded frames (`Part.media` of a video part). Needs the extra `mm
 """
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -19,13 +20,19 @@ except ImportError:  # the extra is optional; read_frames says how to get it
 
 
 def read_frames(
-    path: Path, frames: int, *, longest_side: int = 336, quality: int = 95
+    path: Path,
+    frames: int,
+    *,
+    choose: Callable[[int, int], list[int]] = spaced,
+    longest_side: int = 336,
+    quality: int = 95,
 ) -> list[bytes]:
-    """Evenly spaced frames of a video file, the first and the last included.
+    """Frames of a video file, evenly spaced with the first and the last unless told otherwise.
 
     Args:
         path: any container that FFmpeg reads.
         frames: how many at most.
+        choose: (frames there are, frames wanted) -> which.
         longest_side: pixels; larger frames are made smaller, aspect kept.
         quality: of the JPEG.
 
@@ -44,18 +51,18 @@ def read_frames(
         with av.open(str(path)) as container:
             # counted by decoding: packet counts of broken and variable-rate files lie
             count = sum(1 for _ in container.decode(video=0))
-        wanted = set(spaced(count, frames))
+        wanted = choose(count, frames) if count else []
         with av.open(str(path)) as container:
-            chosen = [
-                _jpeg(frame.to_image(), longest_side, quality)
+            kept = {
+                index: _jpeg(frame.to_image(), longest_side, quality)
                 for index, frame in enumerate(container.decode(video=0))
                 if index in wanted
-            ]
+            }
     except (av.error.FFmpegError, IndexError, ValueError) as error:
         raise ContentError(f"{path} cannot be decoded as video: {error}") from error
-    if not chosen:
+    if not wanted:
         raise ContentError(f"{path} holds no frame")
-    return chosen
+    return [kept[index] for index in wanted]
 
 
 def _jpeg(picture: Image.Image, longest_side: int, quality: int) -> bytes:
