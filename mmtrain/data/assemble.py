@@ -25,9 +25,10 @@ from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary
 from mmtrain.errors import ContentError
 from mmtrain.nn.flow import CARRY, Flow
+from mmtrain.nn.noise import row_numbers
 
 NO_LABEL = -100
-FIELDS = ("tokens", "positions", "lo", "hi", "labels", "slots", CARRY, "source")
+FIELDS = ("tokens", "positions", "lo", "hi", "labels", "slots", CARRY, "source", "noise")
 TEXT, IMAGE = "text", "image"  # the losses
 
 
@@ -46,7 +47,7 @@ class Pack:
 
     Attributes:
         number: of the plan.
-        rows: int64 `[T]` each: tokens, positions, lo, hi, labels.
+        rows: int64 `[T]` each: tokens, positions, lo, hi, labels, noise.
         weights_T: float32, 1 where a label counts.
         origins_T: int64, source of each row (0 in padding).
         begins: row of every image's begin token, in order.
@@ -121,6 +122,7 @@ class Assembler:
                 start = stop  # its rows stay padding, so the others lie where they were planned
                 continue
             _place(rows, weights, sequence, start, self.layout)
+            rows["noise"][start:stop] = row_numbers(planned.noise, stop - start)
             origins[start:stop] = planned.source
             begins += [start + span.start for span in sequence.spans]
             image_origins += [planned.source] * len(sequence.spans)
@@ -166,7 +168,7 @@ class Assembler:
         starts = [index * self.pack_tokens for index in range(len(packs))]
         fields = {
             name: torch.cat([pack.rows[name] for pack in packs])
-            for name in ("tokens", "positions", "labels")
+            for name in ("tokens", "positions", "labels", "noise")
         }
         for name in ("lo", "hi"):
             shifted = [pack.rows[name] + at for pack, at in zip(packs, starts, strict=True)]
@@ -289,6 +291,7 @@ def _padding(length: int, pad: int) -> dict[str, Tensor]:
         "lo": row.clone(),
         "hi": row + 1,
         "labels": torch.full((length,), NO_LABEL),
+        "noise": torch.zeros(length, dtype=torch.int64),
     }
 
 

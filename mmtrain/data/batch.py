@@ -45,7 +45,9 @@ class Batch:
         labels `[T]`: the next token to predict, -100 where there is none (weight 0 there),
         slots `[N * Q]`: row of each visual token, T for the slots of dummy images,
         carry `[P]`, source `[P]`: target row and source row of each regression pair (0 for
-            dummies).
+            dummies),
+        noise `[T]`: a number of each row that depends on the document's draw and the position
+            in it alone, for dropout.
     """
 
     inputs: Flow

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from mmtrain.data.mixture import Draws
 from mmtrain.data.rules import WRAPPER_POSITIONS, Draw, RuleOptions, Selection, select
 from mmtrain.errors import ContentError
+from mmtrain.nn.noise import seed_of
 
 _KEPT_WINDOWS = 4
 _EMPTY_WINDOWS = 64  # windows in a row without one token before a plan gives up
@@ -30,6 +31,7 @@ class PlannedDocument:
     epoch: int
     sample_id: str
     selection: Selection
+    noise: int  # seeds the numbers of its rows (`nn.noise.row_numbers`); of this draw alone
 
 
 @dataclass(frozen=True)
@@ -188,12 +190,17 @@ class Plan:
         for item in drawn:
             source = self.draws.sources[item.source]
             lengths = source.lengths.document(item.number)
-            draw = Draw(self._seed, item.epoch, source.name, lengths.sample_id)
-            selection = select(lengths, self._options[item.source], self._group_length, draw)
+            key = (self._seed, item.epoch, source.name, lengths.sample_id)
+            selection = select(lengths, self._options[item.source], self._group_length, Draw(*key))
             if selection.pieces:
                 documents.append(
                     PlannedDocument(
-                        item.source, item.number, item.epoch, lengths.sample_id, selection
+                        item.source,
+                        item.number,
+                        item.epoch,
+                        lengths.sample_id,
+                        selection,
+                        seed_of("noise", *key),
                     )
                 )
         return documents

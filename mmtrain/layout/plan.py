@@ -27,7 +27,8 @@ class Cut(Enum):
     SCATTER_ROWS = "scatter_rows"  # Identity; under sequence parallelism rows are split
     HEADS_0 = "heads_0"  # parameter whose dim 0 is the head axis
     HEADS_1 = "heads_1"  # parameter whose dim 1 is the head axis
-    SHARED = "shared"  # whole parameter used on local heads: gradients are summed
+    CHANNELS = "channels"  # module that numbers its input channels: told which ones it gets
+    SHARED = "shared"  # whole, but each rank sees a part of its gradient: they are summed
     ROWWISE = "rowwise"  # whole parameter on split rows: summed under sequence parallelism
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.errors import Problem
+from mmtrain.layout.names import deciding
 from mmtrain.layout.plan import TensorPlan
 from mmtrain.nn.init import InitialRules
 
@@ -31,6 +32,14 @@ class BatchShape:
     images: float
 
 
+def _everything(config: Any, name: str) -> bool:
+    return True
+
+
+def _no_patterns(config: Any) -> Mapping[str, tuple[str, ...]]:
+    return {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A family.
@@ -49,6 +58,10 @@ class ModelSpec:
         sequence: config -> how documents become token rows.
         context: config -> positions of the longest document.
         vocabulary: config -> rows of the token table; a tokenizer may have fewer tokens.
+        vocabulary_tables: parameters with one row for each token; a run that starts from a model
+            with fewer tokens gets new rows there.
+        trains: (config, canonical name) -> whether the parameter is trained by this phase.
+        patterns: config -> name patterns in the section, by key; each must cover a parameter.
     """
 
     name: str
@@ -63,3 +76,16 @@ class ModelSpec:
     sequence: Callable[[Any, Mapping[str, int]], SequenceFormat]
     context: Callable[[Any], int]
     vocabulary: Callable[[Any], int]
+    vocabulary_tables: tuple[str, ...] = ()
+    trains: Callable[[Any, str], bool] = _everything
+    patterns: Callable[[Any], Mapping[str, tuple[str, ...]]] = _no_patterns
+
+    def is_trained(self, config: Any, freeze: Iterable[str], name: str) -> bool:
+        """Whether a run trains a parameter: the phase does, and no pattern of `freeze` covers it.
+
+        Args:
+            config: the `model:` section.
+            freeze: `train.freeze` of the recipe.
+            name: canonical name.
+        """
+        return self.trains(config, name) and deciding(freeze, name) is None

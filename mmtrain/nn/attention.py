@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmtrain.nn.lora import Beside, adapted, no_adapter
 from mmtrain.nn.masks import Keys
+from mmtrain.nn.noise import RowNoise
 from mmtrain.ops.rotary import rotate
 
 LOG_SCALE_MAX = math.log(100.0)  # Swin v2 (Liu et al. 2021, arXiv:2111.09883, section 3.3)
@@ -60,8 +62,12 @@ class PackedAttention(nn.Module):
         q_norm: nn.Module,
         k_norm: nn.Module,
         similarity: nn.Module,
+        beside: Beside = no_adapter,
     ) -> None:
-        """Allocate four projections without biases; `heads` divides `width`, `kv_heads` heads."""
+        """Allocate four projections without biases; `heads` divides `width`, `kv_heads` heads.
+
+        `beside` makes the adapters of q, k, v and out.
+        """
         super().__init__()
         self.head_width = width // heads
         self.enter = nn.Identity()
@@ -72,22 +78,37 @@ class PackedAttention(nn.Module):
         self.k_norm = k_norm
         self.similarity = similarity
         self.out = nn.Linear(width, width, bias=False)
+        self.q_lora = beside("q", self.q)
+        self.k_lora = beside("k", self.k)
+        self.v_lora = beside("v", self.v)
+        self.out_lora = beside("out", self.out)
 
-    def forward(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], keys: Keys) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        keys: Keys,
+        noise: RowNoise | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
             x_TD: normalised rows; under sequence parallelism this rank's rows, all T after `enter`.
             rotary: cosines and sines `[T, 1, K / 2]`.
             keys: what the rows see.
+            noise: for the dropout of adapters.
         """
         x_TD = self.enter(x_TD)
         q, k, v = (
-            project(x_TD).unflatten(-1, (-1, self.head_width))
-            for project in (self.q, self.k, self.v)
+            adapted(project, adapter, x_TD, noise).view(len(x_TD), -1, self.head_width)
+            for project, adapter in (
+                (self.q, self.q_lora),
+                (self.k, self.k_lora),
+                (self.v, self.v_lora),
+            )
         )
         q = rotate(self.q_norm(q), *rotary)
         k = rotate(self.k_norm(k), *rotary)
         q, k, scale = self.similarity(q, k)
-        out: Tensor = self.out(keys.attend(self, q, k, v, scale).flatten(-2))
-        return out
+        attended = keys.attend(self, q, k, v, scale).flatten(-2)
+        return adapted(self.out, self.out_lora, attended, noise)

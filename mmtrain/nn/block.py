@@ -8,15 +8,23 @@ from torch import nn
 from mmtrain.nn.attention import PackedAttention
 from mmtrain.nn.flow import Flow
 from mmtrain.nn.masks import Intervals, Keys
+from mmtrain.nn.noise import RowNoise
 from mmtrain.ops.rotary import rotary_tables
 
 KEYS = "keys"  # name in `Flow.derived`; a sampler puts its cache there
+NOISE = "noise"  # integer field of length T: one number per row (`nn.noise.row_numbers`)
 
 
 def keys_of(flow: Flow) -> Keys:
     """What the rows of `flow` see: its fields `lo` and `hi`, unless a sampler said otherwise."""
     keys: Keys = flow.derive(KEYS, lambda: Intervals(flow.fields["lo"], flow.fields["hi"]))
     return keys
+
+
+def noise_of(flow: Flow) -> RowNoise | None:
+    """Where dropout draws from: the field `noise`, which only training has."""
+    rows_T = flow.fields.get(NOISE)
+    return None if rows_T is None else flow.derive(NOISE, lambda: RowNoise(rows_T))
 
 
 class TransformerBlock(nn.Module):
@@ -45,7 +53,7 @@ class TransformerBlock(nn.Module):
         rotary = flow.derive(
             ("rotary", width, theta), lambda: rotary_tables(flow.fields["positions"], width, theta)
         )
-        x = flow.hidden
-        x = x + self.attention(self.norm1(x), rotary, keys_of(flow))
-        x = x + self.mlp(self.norm2(x))
+        x, noise = flow.hidden, noise_of(flow)
+        x = x + self.attention(self.norm1(x), rotary, keys_of(flow), noise)
+        x = x + self.mlp(self.norm2(x), noise)
         return flow.with_hidden(x)

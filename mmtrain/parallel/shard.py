@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mmtrain.layout.plan import Cut, Slice, TensorPlan
 from mmtrain.nn.init import take_slice
+from mmtrain.nn.lora import HashedDropout
 from mmtrain.nn.objectives import IGNORED
 from mmtrain.parallel.rows import gather_features, gather_rows, reduce_scatter_rows, split_rows
 
@@ -232,6 +233,8 @@ def _replacement(cut: Cut, plain: nn.Module, ranks: TensorRanks) -> nn.Module:
             return GatherRows(ranks) if ranks.sequence else Enter(ranks)
         case Cut.SCATTER_ROWS, nn.Identity():
             return SplitRows(ranks) if ranks.sequence else plain
+        case Cut.CHANNELS, HashedDropout():
+            return plain.part(ranks.rank, ranks.count)
         case ((Cut.SHARED | Cut.ROWWISE), _):
             return plain  # stays whole; `_sum_partial_gradients` sums its gradients
     raise TypeError(f"tensor plan: {cut} does not apply to {type(plain).__name__}")

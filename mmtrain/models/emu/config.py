@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from mmtrain.nn.lora import LoraConfig
+
 
 class QkNorm(Enum):
     """Normalisation of queries and keys per head, before the rotary embedding."""
@@ -81,3 +83,4 @@ class EmuConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     causal: CausalConfig = field(default_factory=CausalConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)  # beside linears of the trunk

@@ -27,6 +27,7 @@ from mmtrain.nn.attention import Cosine, DotProduct, PackedAttention
 from mmtrain.nn.block import TransformerBlock
 from mmtrain.nn.embed import SplicedEmbedding
 from mmtrain.nn.flow import Flow
+from mmtrain.nn.lora import LoraConfig, adapters
 from mmtrain.nn.mlp import GatedMlp
 from mmtrain.nn.norm import RMSNorm
 from mmtrain.nn.objectives import TokenCrossEntropy
@@ -84,7 +85,10 @@ def layers(config: EmuConfig) -> list[Layer]:
         Layer("vision_norm", partial(VisionNorm, vision.width, VISION_NORM_EPS)),
         Layer("causal", partial(_causal, causal, vision.width, language.width)),
         Layer("embed", partial(SplicedEmbedding, language.vocabulary, language.width)),
-        *(Layer(f"blocks.{i}", partial(_block, language)) for i in range(language.layers)),
+        *(
+            Layer(f"blocks.{i}", partial(_block, language, config.lora, f"blocks.{i}"))
+            for i in range(language.layers)
+        ),
         Layer("head", partial(_head, language)),
     ]
 
@@ -149,7 +153,7 @@ def _causal(config: CausalConfig, memory_width: int, output_width: int) -> nn.Mo
     )
 
 
-def _block(config: LanguageConfig) -> nn.Module:
+def _block(config: LanguageConfig, lora: LoraConfig, name: str) -> nn.Module:
     head_width = config.width // config.heads
     norm = _QK_NORMS[config.qk_norm]
     return TransformerBlock(
@@ -161,9 +165,10 @@ def _block(config: LanguageConfig) -> nn.Module:
             q_norm=norm(head_width, config.norm_eps),
             k_norm=norm(head_width, config.norm_eps),
             similarity=_SIMILARITIES[config.attention](config.heads),
+            beside=adapters(lora, f"{name}.attention"),
         ),
         norm2=RMSNorm(config.width, config.norm_eps),
-        mlp=GatedMlp(config.width, config.mlp_width),
+        mlp=GatedMlp(config.width, config.mlp_width, adapters(lora, f"{name}.mlp")),
         rope_theta=config.rope_theta,
     )
 

@@ -8,14 +8,18 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.errors import Problem
+from mmtrain.layout.names import deciding
 from mmtrain.layout.plan import Cut, TensorPlan
 from mmtrain.models.emu.config import CausalConfig, EmuConfig, LanguageConfig, VisionConfig
 from mmtrain.models.emu.model import layers
 from mmtrain.models.spec import BatchShape, ModelSpec
+from mmtrain.nn import lora
 from mmtrain.nn.init import InitialRules, constant, normal, truncated_normal, uniform
+from mmtrain.nn.lora import LoraConfig
 
 SPECIAL_TOKENS = ("<s>", "</s>", "[PAD]", "[IMG]", "[/IMG]", "<image>")
-FIELDS = ("tokens", "positions", "lo", "hi", "labels", "slots", "carry", "source")
+FIELDS = ("tokens", "positions", "lo", "hi", "labels", "slots", "carry", "source", "noise")
+TRUNK_LINEARS = ("q", "k", "v", "out", "gate", "up", "down")  # what adapters may stand beside
 
 PLAN = TensorPlan(
     {
@@ -41,6 +45,11 @@ PLAN = TensorPlan(
         "blocks.*.attention.out": Cut.ROW_SCATTERED,
         "blocks.*.mlp.{gate,up}": Cut.COLUMN,
         "blocks.*.mlp.down": Cut.ROW_SCATTERED,
+        "blocks.*.{attention,mlp}.{q,k,v,gate,up}_lora.a": Cut.SHARED,
+        "blocks.*.{attention,mlp}.{q,k,v,gate,up}_lora.b": Cut.COLUMN,
+        "blocks.*.{attention,mlp}.{out,down}_lora.drop": Cut.CHANNELS,
+        "blocks.*.{attention,mlp}.{out,down}_lora.a": Cut.ROW_SCATTERED,
+        "blocks.*.{attention,mlp}.{out,down}_lora.b": Cut.ROWWISE,
         "head.norm.weight": Cut.ROWWISE,
         "head.enter": Cut.ENTER_ROWS,
         "head.unembed": Cut.VOCAB_COLUMN,
@@ -52,7 +61,22 @@ PLAN = TensorPlan(
 
 def initial(config: EmuConfig) -> InitialRules:
     """How the reference draws each parameter when nothing is loaded."""
-    return [*_vision_rules(config.vision), *_causal_rules(config), *_trunk_rules(config.language)]
+    language = config.language
+    return [
+        *_vision_rules(config.vision),
+        *_causal_rules(config),
+        *_trunk_rules(language),
+        *lora.initial_rules("blocks.*.attention.{q,k,v,out}", language.width),
+        *lora.initial_rules("blocks.*.mlp.{gate,up}", language.width),
+        *lora.initial_rules("blocks.*.mlp.down", language.mlp_width),
+    ]
+
+
+def trains(config: EmuConfig, name: str) -> bool:
+    """Adapters and what `lora.also_train` names, when there are adapters; else everything."""
+    if config.lora.rank == 0:
+        return True
+    return lora.is_adapter(name) or deciding(config.lora.also_train, name) is not None
 
 
 def _vision_rules(config: VisionConfig) -> InitialRules:
@@ -129,7 +153,7 @@ def flops(config: EmuConfig, shape: BatchShape) -> list[float]:
         0.0,
         _causal_flops(causal, vision, language.width, shape.images),
         0.0,
-        *[_block_flops(language, shape.tokens)] * language.layers,
+        *[_block_flops(language, config.lora, shape.tokens)] * language.layers,
         2.0 * shape.tokens * language.width * language.vocabulary
         + 2.0 * shape.images * (causal.queries + 1) * language.width**2,
     ]
@@ -153,12 +177,15 @@ def _causal_flops(
     return images * (config.layers * block + 2.0 * queries * width * output_width)
 
 
-def _block_flops(config: LanguageConfig, tokens: int) -> float:
+def _block_flops(config: LanguageConfig, adapters: LoraConfig, tokens: int) -> float:
     width = config.width
     documents, rest = divmod(tokens, config.context)
     pairs = documents * config.context * (config.context + 1) // 2 + rest * (rest + 1) // 2
     keys = width * config.key_heads // config.heads
     weights = 2 * width * (width + keys) + 3 * width * config.mlp_width
+    ends = {"k": width + keys, "v": width + keys, "q": 2 * width, "out": 2 * width}
+    beside = sum(ends.get(name, width + config.mlp_width) for name in adapters.targets)
+    weights += adapters.rank * beside
     return 2.0 * tokens * weights + 4.0 * pairs * width
 
 
@@ -199,8 +226,31 @@ def problems(config: EmuConfig, tensor: int) -> Iterator[Problem]:
             f"found {language.context}; one image with <s> and </s> takes causal.queries + 4 = "
             f"{causal.queries + 4} positions",
         )
+    yield from _adapters(config.lora)
     for place, value in _split_lengths(config):
         yield from _divides(place, value, "parallel.tensor", tensor)
+
+
+def _adapters(config: LoraConfig) -> Iterator[Problem]:
+    if config.rank < 0:
+        yield Problem("model.lora.rank", f"found {config.rank}; use 0 for none, or 1 and more")
+    if not config.alpha > 0:
+        yield Problem("model.lora.alpha", f"found {config.alpha}; allowed: above 0, as in 16")
+    if not 0 <= config.dropout < 1:
+        yield Problem("model.lora.dropout", f"found {config.dropout}; allowed: 0 or more, below 1")
+    unknown = [name for name in config.targets if name not in TRUNK_LINEARS]
+    if unknown or not config.targets or len(set(config.targets)) < len(config.targets):
+        yield Problem(
+            "model.lora.targets",
+            f"found [{', '.join(config.targets)}]; wanted: some of {', '.join(TRUNK_LINEARS)}, "
+            "each once",
+        )
+    if config.also_train and config.rank == 0:
+        yield Problem(
+            "model.lora.also_train",
+            "given with model.lora.rank = 0, where everything is trained anyway; set the rank, or "
+            "name what stays as it is in train.freeze",
+        )
 
 
 def _split_lengths(config: EmuConfig) -> list[tuple[str, int]]:
@@ -263,6 +313,9 @@ EMU = ModelSpec(
     losses=("text", "image"),
     fields=FIELDS,
     sequence=sequence,
+    trains=trains,
+    patterns=lambda config: {"model.lora.also_train": config.lora.also_train},
+    vocabulary_tables=("embed.tokens.weight", "head.unembed.weight"),
     context=lambda config: int(config.language.context),
     vocabulary=lambda config: int(config.language.vocabulary),
 )

@@ -12,14 +12,17 @@ from mmtrain.data.tokens import SequenceFormat
 from mmtrain.layout.plan import Cut, compile_pattern
 from mmtrain.models.emu.config import AttentionKind, EmuConfig, QkNorm
 from mmtrain.models.emu.model import build_plain, losses, parameters
-from mmtrain.models.emu.spec import EMU, PLAN
+from mmtrain.models.emu.spec import EMU, PLAN, TRUNK_LINEARS
 from mmtrain.models.families import FAMILIES
 from mmtrain.models.spec import BatchShape
 from mmtrain.nn.init import draw_by_name
+from mmtrain.nn.lora import LoraConfig
+from mmtrain.settings import Phase
 
 
 def full_switches() -> EmuConfig:
-    return small(qk_norm=QkNorm.layer, attention=AttentionKind.cosine)
+    config = small(qk_norm=QkNorm.layer, attention=AttentionKind.cosine)
+    return replace(config, lora=LoraConfig(rank=2, targets=TRUNK_LINEARS))
 
 
 def test_every_parameter_has_an_initial_rule_and_every_rule_a_parameter() -> None:
@@ -82,19 +85,22 @@ def test_slices_of_the_plan_divide_the_release_over_two_ranks_and_four() -> None
     assert PLAN.cut("blocks.0.norm1.weight") is Cut.ROWWISE
 
 
-def test_costs_are_the_operations_that_run(form: SequenceFormat) -> None:
+@pytest.mark.parametrize("targets", [(), ("q", "k", "v", "out"), TRUNK_LINEARS])
+def test_costs_are_the_operations_that_run(form: SequenceFormat, targets: tuple[str, ...]) -> None:
     """Against torch's own counter; the text is one document that fills the pack."""
-    model, words = drawn(small()), 40
+    rank = 3 if targets else 0
+    config = replace(small(kv_heads=2), lora=LoraConfig(rank=rank, dropout=0, targets=targets))
+    model, words = drawn(config), 40
     tokens = document(0, words, 2)
     flow = packed([tokens], torch.randn(2, 3, SIZE, SIZE), form)
     with FlopCounterMode(display=False) as counter:
         losses(model, flow)
     length = len(tokens)
     dense, triangle = length**2, length * (length + 1) // 2
-    language = small().language
+    language = config.language
     # the counter takes causal attention for dense
     extra = 4.0 * (dense - triangle) * language.width * language.layers
-    stated = sum(EMU.flops(small(), BatchShape(tokens=length, images=2)))
+    stated = sum(EMU.flops(config, BatchShape(tokens=length, images=2)))
     assert stated + extra == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
@@ -134,6 +140,6 @@ def test_a_tensor_size_that_does_not_divide_the_heads_is_told_what_does() -> Non
 
 
 def test_the_sequence_format_follows_the_model(form: SequenceFormat) -> None:
-    assert FAMILIES["emu"] is EMU
+    assert FAMILIES["emu"][Phase.pretrain] is FAMILIES["emu"][Phase.instruct] is EMU
     assert form.group_length == QUERIES + 2 and form.image_size == SIZE
     assert (form.image_begin, form.image_slot, form.image_end) == (41, 43, 42)
