@@ -16,6 +16,7 @@ from mmtrain.errors import ContentError
 
 # MDS columns of a document; `media` is apart so that text can be read without parsing images
 COLUMNS = {"id": "str", "kind": "str", "parts": "str", "media": "bytes", "meta": "str"}
+CHAT = "chat"  # the kind of conversations: the loss counts answers alone
 
 
 class Modality(Enum):
@@ -36,6 +37,9 @@ class Part:
         media: encoded images (PNG, JPEG, WebP): one of an image part, the frames of a video part.
         match: index of the text part that an image illustrates (MMC4), or None.
         time: seconds on the document's time line (storyboards), or None.
+        answer: belongs to an answer of a conversation: what is learnt of it.
+        markup: special tokens inside its text are honoured (`[USER]`, `</s>`, ...); everywhere
+            else text that looks like one stays text.
     """
 
     modality: Modality
@@ -43,6 +47,8 @@ class Part:
     media: tuple[bytes, ...] = ()
     match: int | None = None
     time: float | None = None
+    answer: bool = False
+    markup: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,8 @@ class Document:
                 found.append(f"{place} holds {len(part.media)} images; an image part holds one")
             elif not part.media or not all(part.media):
                 found.append(f"{place} holds an empty image or no frame")
+            if part.markup and part.modality is not Modality.text:
+                found.append(f"{place} is markup; only text can be")
             if part.match is not None and not self._is_text(part.match):
                 found.append(f"{place} matches part {part.match}, which is no text part")
         return found
@@ -85,12 +93,16 @@ class PartLength:
         size: tokens of a text part, images of a picture (1) or clip.
         match: index of the text part an image illustrates, or None.
         time: seconds on the time line, or None.
+        answer: belongs to an answer of a conversation.
+        markup: its text holds special tokens.
     """
 
     modality: Modality
     size: int
     match: int | None = None
     time: float | None = None
+    answer: bool = False
+    markup: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,8 @@ def _from_row(row: Mapping[str, Any]) -> Document:
             media=tuple(blobs),
             match=entry.get("match"),
             time=entry.get("time"),
+            answer=entry.get("answer", False),
+            markup=entry.get("markup", False),
         )
         parts.append(part)
     if offset != len(media):
@@ -173,4 +187,4 @@ def _part_to_json(part: Part) -> dict[str, Any]:
         entry["match"] = part.match
     if part.time is not None:
         entry["time"] = part.time
-    return entry
+    return entry | {name: True for name in ("answer", "markup") if getattr(part, name)}

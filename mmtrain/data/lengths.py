@@ -1,8 +1,9 @@
 """The length index: what a plan must know of every document, without opening media.
 
 For a named tokenizer: sample id, kind, and for each part its modality, its size (tokens of a
-text, images of a picture or clip), its matched text and its time. Stored next to the shards as
-plain arrays that are memory-mapped, so a source of any size costs nothing at start.
+text, images of a picture or clip), its matched text, its time, and whether it is an answer or
+markup of a conversation. Stored next to the shards as plain arrays that are memory-mapped, so a
+source of any size costs nothing at start.
 
 D documents   S parts of all documents
 """
@@ -22,10 +23,11 @@ from mmtrain.data.document import DocumentLengths, Modality, PartLength
 from mmtrain.data.fetch import HASH, ExpectedFile, Folder
 from mmtrain.errors import ContentError, MissingError
 
-FORMAT = 1  # of the stored arrays
+FORMAT = 2  # of the stored arrays; 1 knew no conversations and had no `flags`
 MANIFEST = "manifest.json"
 _MODALITIES = (Modality.text, Modality.image, Modality.video)  # code = position
-_ARRAYS = ("ids", "kinds", "offsets", "modalities", "sizes", "matches", "times")
+_ARRAYS = ("ids", "kinds", "offsets", "modalities", "sizes", "matches", "times", "flags")
+_ANSWER, _MARKUP = 1, 2  # bits of a flag
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Lengths:
         shard_sizes: documents of each shard, in order.
         kind_names: what the codes of `arrays["kinds"]` mean.
         arrays: `ids` S-bytes [D], `kinds` u2 [D], `offsets` i8 [D + 1], and of each part
-            `modalities` u1 [S], `sizes` i4 [S], `matches` i4 [S] (-1: none), `times` f8 [S] (NaN).
+            `modalities` u1 [S], `sizes` i4 [S], `matches` i4 [S] (-1: none), `times` f8 [S] (NaN),
+            `flags` u1 [S].
     """
 
     fingerprint: str
@@ -61,12 +64,15 @@ class Lengths:
                 size,
                 None if match < 0 else match,
                 None if time != time else time,  # NaN
+                bool(flag & _ANSWER),
+                bool(flag & _MARKUP),
             )
-            for modality, size, match, time in zip(
+            for modality, size, match, time, flag in zip(
                 arrays["modalities"][start:stop].tolist(),
                 arrays["sizes"][start:stop].tolist(),
                 arrays["matches"][start:stop].tolist(),
                 arrays["times"][start:stop].tolist(),
+                arrays["flags"][start:stop].tolist(),
                 strict=True,
             )
         )
@@ -86,6 +92,7 @@ def collect(
     kinds: dict[str, int] = {}  # by first appearance
     codes, counts = array("H"), array("q", [0])
     modalities, sizes, matches, times = array("B"), array("i"), array("i"), array("d")
+    flags = array("B")
     for document in documents:
         ids.append(document.sample_id.encode())
         codes.append(kinds.setdefault(document.kind, len(kinds)))
@@ -95,6 +102,7 @@ def collect(
             sizes.append(part.size)
             matches.append(-1 if part.match is None else part.match)
             times.append(float("nan") if part.time is None else part.time)
+            flags.append(_ANSWER * part.answer | _MARKUP * part.markup)
     assert sum(shard_sizes) == len(ids), (sum(shard_sizes), len(ids))
     arrays: dict[str, NDArray[Any]] = {
         "ids": np.array(ids, dtype=f"S{max(map(len, ids), default=1)}"),
@@ -104,6 +112,7 @@ def collect(
         "sizes": np.array(sizes, np.int32),
         "matches": np.array(matches, np.int32),
         "times": np.array(times, np.float64),
+        "flags": np.array(flags, np.uint8),
     }
     return Lengths(fingerprint, dataset, tuple(shard_sizes), tuple(kinds), arrays)
 
@@ -154,12 +163,14 @@ def load(folder: Folder, *, fingerprint: str, dataset: str, advice: str) -> Leng
     try:
         manifest = json.loads(path.read_text())
         found = (manifest["format"], manifest["tokenizer"], manifest["dataset"])
-        records = {name: manifest["files"][f"{name}.npy"] for name in _ARRAYS}
+        stored = _ARRAYS[:-1] if manifest["format"] == 1 else _ARRAYS
+        records = {name: manifest["files"][f"{name}.npy"] for name in stored}
     except (ValueError, KeyError, TypeError) as error:
         raise ContentError(f"{path} is damaged ({error!r}); {advice}") from error
     names = ("index format", "tokenizer fingerprint", "hash of index.json")
-    for name, has, wants in zip(names, found, (FORMAT, fingerprint, dataset), strict=True):
-        if has != wants:
+    wanted = (FORMAT, fingerprint, dataset)
+    for name, has, wants in zip(names, found, wanted, strict=True):
+        if has != wants and (name, has) != (names[0], 1):
             raise ContentError(f"{path.parent} is stale: {name} {has}, expected {wants}; {advice}")
     arrays = {}
     for name, record in records.items():
@@ -171,5 +182,7 @@ def load(folder: Folder, *, fingerprint: str, dataset: str, advice: str) -> Leng
         # small arrays are read whole: a run may outlive the folder it was started from
         mapping: Literal["r"] | None = "r" if record["bytes"] > 1 << 20 else None
         arrays[name] = np.load(path, mmap_mode=mapping, allow_pickle=False)
+    if "flags" not in arrays:
+        arrays["flags"] = np.zeros(len(arrays["modalities"]), np.uint8)
     sizes, kinds = tuple(manifest["shard_sizes"]), tuple(manifest["kinds"])
     return Lengths(fingerprint, dataset, sizes, kinds, arrays)

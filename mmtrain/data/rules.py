@@ -2,8 +2,8 @@
 
 Pure functions of lengths and a seeded draw (Emu, arXiv:2307.05222, section 3.1 and appendix;
 MMC4 sampling after OpenFlamingo), so a plan needs no media. An image or frame takes a whole
-group of positions (begin, visual tokens, end) or none; text may be cut between tokens. Every
-sequence is `<s>` ... `</s>`.
+group of positions (begin, visual tokens, end) or none; text may be cut between tokens, but for
+conversations, which lose whole turns. Every sequence is `<s>` ... `</s>`.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ class Rule(Enum):
     sampled_images = "sampled_images"  # MMC4 (b): random images with their matched sentences
     storyboard = "storyboard"  # frames and subtitles on one time line
     text = "text"  # text only; images of the document are dropped
+    chat = "chat"  # a conversation, whole turns from the first on; only answers are learnt
 
 
 class FrameSampling(Enum):
@@ -77,11 +78,15 @@ Piece = TextPiece | ImagePiece
 
 @dataclass(frozen=True)
 class Selection:
-    """What a rule chose: `positions` counts the wrapper; no pieces = nothing to train on."""
+    """What a rule chose: `positions` counts the wrapper; no pieces = nothing to train on.
+
+    `turns_left_out` counts the trailing turns of a conversation that had no room.
+    """
 
     pieces: tuple[Piece, ...]
     positions: int
     images: int
+    turns_left_out: int = 0
 
 
 class Draw:
@@ -128,13 +133,17 @@ def select(
     """
     pieces = _RULES[options.rule](lengths.parts, options, group_length, draw)
     images = sum(isinstance(piece, ImagePiece) for piece in pieces)
-    positions = WRAPPER_POSITIONS + sum(_size(piece, group_length) for piece in pieces)
+    positions = WRAPPER_POSITIONS + _total(pieces, group_length)
     assert images <= options.max_images, (lengths.sample_id, images)
     assert positions <= max(options.max_positions, WRAPPER_POSITIONS), (
         lengths.sample_id,
         positions,
     )
-    return Selection(tuple(pieces), positions, images)
+    left_out = 0
+    if options.rule is Rule.chat:
+        last = pieces[-1].part if pieces else -1
+        left_out = sum(turn.start > last for turn in turns(lengths.parts))
+    return Selection(tuple(pieces), positions, images, left_out)
 
 
 def _pair(
@@ -244,6 +253,45 @@ def _storyboard(
     return _window(pieces, options, group_length, draw)
 
 
+def _chat(
+    parts: Sequence[PartLength], options: RuleOptions, group_length: int, draw: Draw
+) -> list[Piece]:
+    """Turns in order while they fit; never a part of one, so no answer and no image is cut."""
+    room = options.max_positions - WRAPPER_POSITIONS
+    taken: list[Piece] = []
+    images = 0
+    for turn in turns(parts):
+        own = _in_order(parts, turn)
+        images += sum(isinstance(piece, ImagePiece) for piece in own)
+        if images > options.max_images or _total(_unclosed(own, parts), group_length) > room:
+            break
+        room -= _total(own, group_length)
+        taken += own
+    return _unclosed(taken, parts)
+
+
+def turns(parts: Sequence[PartLength]) -> list[range]:
+    """The parts of each turn of a conversation: everything up to the end of an answer."""
+    ends = [
+        index + 1
+        for index, part in enumerate(parts)
+        if part.answer and not (index + 1 < len(parts) and parts[index + 1].answer)
+    ]
+    return [range(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
+
+
+def _unclosed(pieces: Sequence[Piece], parts: Sequence[PartLength]) -> list[Piece]:
+    """Without the mark that closes the last answer: the sequence's own `</s>` closes it."""
+    end = len(pieces)
+    while end and parts[pieces[end - 1].part].answer and parts[pieces[end - 1].part].markup:
+        end -= 1
+    return list(pieces[:end])
+
+
+def _total(pieces: Sequence[Piece], group_length: int) -> int:
+    return sum(_size(piece, group_length) for piece in pieces)
+
+
 _RULES: dict[Rule, Callable[[Sequence[PartLength], RuleOptions, int, Draw], list[Piece]]] = {
     Rule.pair: _pair,
     Rule.video: _video,
@@ -252,6 +300,7 @@ _RULES: dict[Rule, Callable[[Sequence[PartLength], RuleOptions, int, Draw], list
     Rule.sampled_images: _sampled_images,
     Rule.storyboard: _storyboard,
     Rule.text: _text,
+    Rule.chat: _chat,
 }
 
 
@@ -323,13 +372,13 @@ def _fill(pieces: Sequence[Piece], room: int, max_images: int, group_length: int
     return taken
 
 
-def _in_order(parts: Sequence[PartLength]) -> list[Piece]:
+def _in_order(parts: Sequence[PartLength], which: range | None = None) -> list[Piece]:
     pieces: list[Piece] = []
-    for index, part in enumerate(parts):
-        if part.modality is Modality.text:
-            pieces.append(TextPiece(index, 0, part.size))
+    for index in range(len(parts)) if which is None else which:
+        if parts[index].modality is Modality.text:
+            pieces.append(TextPiece(index, 0, parts[index].size))
         else:
-            pieces += [ImagePiece(index, item) for item in range(part.size)]
+            pieces += [ImagePiece(index, item) for item in range(parts[index].size)]
     return pieces
 
 

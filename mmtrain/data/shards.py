@@ -275,8 +275,10 @@ def count(document: Document, vocabulary: Vocabulary) -> DocumentLengths:
     parts = []
     for part in document.parts:
         text = part.modality is Modality.text
-        size = len(vocabulary.encode(part.text)) if text else len(part.media)
-        parts.append(PartLength(part.modality, size, part.match, part.time))
+        size = len(vocabulary.encode_part(part)) if text else len(part.media)
+        parts.append(
+            PartLength(part.modality, size, part.match, part.time, part.answer, part.markup)
+        )
     return DocumentLengths(document.sample_id, document.kind, tuple(parts))
 
 

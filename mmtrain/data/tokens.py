@@ -20,6 +20,7 @@ class SequenceFormat:
     image_size: int  # pixels a side; images are squashed to a square
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    learns_image_begin: bool = False  # image_begin is a label too: the model may choose an image
 
     @property
     def group_length(self) -> int:

@@ -2,10 +2,12 @@
 
 Any Hugging Face tokenizer folder serves. Text is encoded without special tokens, and text that
 looks like one (a web page that says "[IMG]") stays text: a stray image token would break the
-pairing of images and slots. Special tokens are placed by the sequence rules alone.
+pairing of images and slots. Special tokens are placed by the sequence rules, and by the markup of
+conversations (`Part.markup`), which no text of a user ever is.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -14,6 +16,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from mmtrain.data.document import Part
 from mmtrain.errors import ContentError, MissingError
 
 # files that decide how a tokenizer splits text; anything else in the folder does not
@@ -28,6 +31,9 @@ _FILES = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
+USER, ASSISTANT = "[USER]", "[ASSISTANT]"
+MARKUP = (USER, ASSISTANT, "</s>", "[IMG]", "[/IMG]")  # honoured in markup
+_SPLIT_MARKUP = re.compile("(" + "|".join(map(re.escape, MARKUP)) + ")")
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,29 @@ class Vocabulary:
                 f"{text[:80]!r}; use a tokenizer that honours split_special_tokens"
             )
         return ids
+
+    def encode_markup(self, text: str) -> list[int]:
+        """Ids of text in which the tokens of `MARKUP` are special.
+
+        As Emu was trained (LLaMA's slow tokenizer in transformers 4.29 to 4.31; later versions
+        leave a lone blank before a special token): blanks on both sides of a special token go,
+        and each piece between them is encoded on its own, so that sentencepiece puts its word
+        mark before it. " [USER]: [IMG]" is `[USER]`, `_:`, `[IMG]`.
+
+        Raises:
+            ContentError: the tokenizer lacks one of the special tokens in `text`.
+        """
+        ids: list[int] = []
+        for index, piece in enumerate(_SPLIT_MARKUP.split(text)):
+            if index % 2:
+                ids.append(self.require([piece])[piece])
+            elif piece.strip():
+                ids += self.encode(piece.strip())
+        return ids
+
+    def encode_part(self, part: Part) -> list[int]:
+        """Ids of a text part, as markup when it is that."""
+        return self.encode_markup(part.text) if part.markup else self.encode(part.text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
