@@ -5,6 +5,11 @@ an image is `[IMG]`, Q x `<image>`, `[/IMG]`; the next-token target is dropped w
 `[PAD]`, `[IMG]`, `<image>` or `[/IMG]`; the Q + 1 regression pairs of an image go from `[IMG]`
 and every `<image>` to the next position. Documents of a pack see only themselves.
 
+Of a conversation (kind `chat`) only answers, and the `</s>` that closes each, are learnt, and the
+images are not regressed: published Emu pairs rows by flattened masks, which the literal
+`[IMG]ImageContent[/IMG]` of its system message would shift. Rows are paired by the spans of real
+images here, so literal marks harm nothing; the weight is 0 to train as published.
+
 T packed tokens   N image slots   Q visual tokens an image   P = N * (Q + 1)
 """
 
@@ -16,7 +21,7 @@ from torch import Tensor
 
 from mmtrain.data import images
 from mmtrain.data.batch import Batch, BatchInfo, Targets
-from mmtrain.data.document import Document, Modality
+from mmtrain.data.document import CHAT, Document, Modality, Part
 from mmtrain.data.mixture import Source
 from mmtrain.data.pack import PackPlan, PlannedDocument
 from mmtrain.data.rules import ImagePiece, Selection
@@ -52,6 +57,7 @@ class Pack:
         origins_T: int64, source of each row (0 in padding).
         begins: row of every image's begin token, in order.
         image_origins: source of every image.
+        image_weights: of every image's regression pairs; 0 in conversations.
         pixels: `[3, H, W]` each; empty when pixels are not wanted.
         sample_ids: documents in the pack.
         documents: documents planned, failures included.
@@ -64,6 +70,7 @@ class Pack:
     origins_T: Tensor
     begins: tuple[int, ...]
     image_origins: tuple[int, ...]
+    image_weights: tuple[float, ...]
     pixels: tuple[Tensor, ...]
     sample_ids: tuple[str, ...]
     documents: int
@@ -108,6 +115,7 @@ class Assembler:
         weights, origins = torch.zeros(self.pack_tokens), torch.zeros(self.pack_tokens).long()
         begins: list[int] = []
         image_origins: list[int] = []
+        image_weights: list[float] = []
         pixels: list[Tensor] = []
         sample_ids, failures = [], []
         start = 0
@@ -126,6 +134,7 @@ class Assembler:
             origins[start:stop] = planned.source
             begins += [start + span.start for span in sequence.spans]
             image_origins += [planned.source] * len(sequence.spans)
+            image_weights += [sequence.image_weight] * len(sequence.spans)
             pixels += decoded
             sample_ids.append(planned.sample_id)
             start = stop
@@ -136,6 +145,7 @@ class Assembler:
             origins_T=origins,
             begins=tuple(begins),
             image_origins=tuple(image_origins),
+            image_weights=tuple(image_weights),
             pixels=tuple(pixels),
             sample_ids=tuple(sample_ids),
             documents=len(plan.documents),
@@ -181,14 +191,16 @@ class Assembler:
             hidden = images.stack([p for pack in packs for p in pack.pixels], slots, self.layout)
         image_origins = [origin for pack in packs for origin in pack.image_origins]
         pairs = self.layout.visual_tokens + 1
-        real = torch.arange(slots) < len(begins)
-        padded = torch.tensor([*image_origins, *[0] * (slots - len(begins))])
+        image_weights = [weight for pack in packs for weight in pack.image_weights]
+        dummies = [0] * (slots - len(begins))
+        weights = torch.tensor([*image_weights, *dummies], dtype=torch.float32)
+        padded = torch.tensor([*image_origins, *dummies])
         return Batch(
             inputs=Flow(hidden, {name: fields[name] for name in FIELDS}),
             targets=Targets(
                 weights={
                     TEXT: torch.cat([pack.weights_T for pack in packs]),
-                    IMAGE: real.float().repeat_interleave(pairs),
+                    IMAGE: weights.repeat_interleave(pairs),
                 },
                 origins={
                     TEXT: torch.cat([pack.origins_T for pack in packs]),
@@ -225,36 +237,64 @@ def tokenize(
     document: Document, selection: Selection, vocabulary: Vocabulary, layout: SequenceFormat
 ) -> InterleavedSequence:
     """The chosen pieces of a document as tokens, `<s>` first and `</s>` last."""
-    tokens, spans = [layout.bos], []
+    tokens, weights, spans = [layout.bos], [1.0], []
     media: list[bytes] = []
-    group = [layout.image_begin, *[layout.image_slot] * layout.visual_tokens, layout.image_end]
+    group = image_group(layout)
+    chat = document.kind == CHAT
     encoded: dict[int, list[int]] = {}
+    weight = 1.0
     for piece in selection.pieces:
         part = document.parts[piece.part]
+        weight = float(part.answer) if chat else 1.0
         if isinstance(piece, ImagePiece):
             spans.append(Span(len(tokens), len(group), part.modality, len(media)))
             media.append(part.media[piece.item])
             tokens += group
-            continue
-        assert part.modality is Modality.text, (document.sample_id, piece)
-        if piece.part not in encoded:
-            encoded[piece.part] = vocabulary.encode(part.text)
-        tokens += encoded[piece.part][piece.start : piece.stop]
-    tokens.append(layout.eos)
+        else:
+            assert part.modality is Modality.text, (document.sample_id, piece)
+            if piece.part not in encoded:
+                encoded[piece.part] = vocabulary.encode_part(part)
+            tokens += encoded[piece.part][piece.start : piece.stop]
+        weights += [weight] * (len(tokens) - len(weights))
     return InterleavedSequence(
-        tokens_T=torch.tensor(tokens),
+        tokens_T=torch.tensor([*tokens, layout.eos]),
         spans=tuple(spans),
         media=tuple(media),
-        weights_T=torch.ones(len(tokens)),
+        weights_T=torch.tensor([*weights, weight]),  # </s> closes what stands before it
         sample_id=document.sample_id,
+        image_weight=0.0 if chat else 1.0,
     )
+
+
+def image_group(layout: SequenceFormat) -> list[int]:
+    """The tokens of one image: begin, slots, end."""
+    return [layout.image_begin, *[layout.image_slot] * layout.visual_tokens, layout.image_end]
+
+
+def prompt_tokens(
+    parts: Sequence[Part], vocabulary: Vocabulary, layout: SequenceFormat
+) -> tuple[list[int], list[bytes]]:
+    """Parts as the beginning of a sequence: `<s>` and their tokens, and their images in order.
+
+    The tokens are those that `tokenize` makes of the same parts in a document.
+    """
+    tokens, media = [layout.bos], []
+    for part in parts:
+        if part.modality is Modality.text:
+            tokens += vocabulary.encode_part(part)
+        else:
+            tokens += image_group(layout) * len(part.media)
+            media += part.media
+    return tokens, media
 
 
 def labels_of(tokens_T: Tensor, layout: SequenceFormat) -> Tensor:
     """Next-token targets of one document; -100 where the next token is none to learn."""
-    untrained = torch.tensor([layout.pad, layout.image_begin, layout.image_slot, layout.image_end])
+    untrained = [layout.pad, layout.image_slot, layout.image_end]
+    if not layout.learns_image_begin:
+        untrained.append(layout.image_begin)
     following = torch.cat([tokens_T[1:], tokens_T.new_tensor([layout.pad])])
-    return torch.where(torch.isin(following, untrained), NO_LABEL, following)
+    return torch.where(torch.isin(following, torch.tensor(untrained)), NO_LABEL, following)
 
 
 def image_rows(

@@ -8,15 +8,18 @@ Cost: about 40 us a document; going forward is free of repetition. A jump to pac
 window before n unless `seek` is given a `Mark` (a checkpoint keeps one).
 """
 
+import logging
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mmtrain.data.mixture import Draws
 from mmtrain.data.rules import WRAPPER_POSITIONS, Draw, RuleOptions, Selection, select
 from mmtrain.errors import ContentError
 from mmtrain.nn.noise import seed_of
+
+log = logging.getLogger(__name__)
 
 _KEPT_WINDOWS = 4
 _EMPTY_WINDOWS = 64  # windows in a row without one token before a plan gives up
@@ -60,6 +63,28 @@ class Mark:
     first_pack: int
 
 
+@dataclass(frozen=True)
+class Cuts:
+    """What had no room in a sequence: of conversations, whole trailing turns."""
+
+    turns: int = 0  # left out of conversations that were shortened
+    shortened: int = 0  # conversations
+    left_out: int = 0  # conversations whose first turn is too long already
+
+    def after(self, selection: Selection) -> "Cuts":
+        """These and one more."""
+        if not selection.pieces:
+            return replace(self, left_out=self.left_out + 1)
+        return Cuts(self.turns + selection.turns_left_out, self.shortened + 1, self.left_out)
+
+    def __add__(self, other: "Cuts") -> "Cuts":
+        return Cuts(
+            self.turns + other.turns,
+            self.shortened + other.shortened,
+            self.left_out + other.left_out,
+        )
+
+
 class Plan:
     """The list of packs of a run, computed window by window and forgotten again."""
 
@@ -94,6 +119,8 @@ class Plan:
         self._base = 0  # first window of `_firsts`
         self._firsts = [0]  # first pack of window base + i; the last entry is the end known so far
         self._last_window: int | None = None  # where finite draws end, once seen
+        self.cuts: dict[str, Cuts] = {}  # by source: conversations that were too long
+        self._counted = -1  # last window of `cuts`
         self._windows: OrderedDict[int, list[tuple[PlannedDocument, ...]]] = OrderedDict()
 
     @property
@@ -187,11 +214,14 @@ class Plan:
         if len(drawn) < self._window_documents:
             self._last_window = window
         documents = []
+        cuts: dict[str, Cuts] = {}
         for item in drawn:
             source = self.draws.sources[item.source]
             lengths = source.lengths.document(item.number)
             key = (self._seed, item.epoch, source.name, lengths.sample_id)
             selection = select(lengths, self._options[item.source], self._group_length, Draw(*key))
+            if selection.turns_left_out:
+                cuts[source.name] = cuts.get(source.name, Cuts()).after(selection)
             if selection.pieces:
                 documents.append(
                     PlannedDocument(
@@ -203,7 +233,26 @@ class Plan:
                         seed_of("noise", *key),
                     )
                 )
+        self._count(window, cuts)
         return documents
+
+    def _count(self, window: int, cuts: Mapping[str, Cuts]) -> None:
+        """Keep what a window cut, once, and tell."""
+        if window <= self._counted:
+            return
+        self._counted = window
+        for name, cut in cuts.items():
+            self.cuts[name] = self.cuts.get(name, Cuts()) + cut
+            log.info(
+                "source %s: %d trailing turns of %d conversations had no room, %d conversations "
+                "were left out (documents %d to %d)",
+                name,
+                cut.turns,
+                cut.shortened,
+                cut.left_out,
+                window * self._window_documents,
+                (window + 1) * self._window_documents - 1,
+            )
 
     def _limited(self, options: RuleOptions) -> RuleOptions:
         return replace(

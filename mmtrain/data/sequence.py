@@ -33,6 +33,7 @@ class InterleavedSequence:
         media: encoded images, one per item.
         weights_T: float32, how much each token counts as a target.
         sample_id: where it came from.
+        image_weight: of the regression pairs of its images.
     """
 
     tokens_T: Tensor
@@ -40,6 +41,7 @@ class InterleavedSequence:
     media: tuple[bytes, ...]
     weights_T: Tensor
     sample_id: str
+    image_weight: float = 1.0
 
     def __post_init__(self) -> None:
         """Hold the promises of `spans`; a breach is a bug of whoever built the sequence."""
