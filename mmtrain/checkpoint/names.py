@@ -4,7 +4,8 @@ A `NameMap` is a list of rules that reads both ways: a released state dict to ca
 back. It is strict: a name that no rule knows, a name that is missing, and a part that does not fit
 are all reported together. Tensors that are left out are rules too, with their reason.
 
-In a pattern `*` stands for a block number; the k-th `*` of one side is the k-th of the other.
+In a pattern `*` stands for a block number; the k-th `*` of one side is the k-th of the other. The
+pattern of a tensor that is left out may end in `**`: anything.
 """
 
 import re
@@ -64,10 +65,15 @@ class Fused:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A foreign tensor we neither read nor write."""
+    """A foreign tensor no model of ours reads; a conversion keeps it aside for the way back."""
 
     foreign: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Elsewhere(Dropped):
+    """A foreign tensor of another model in the same file; it is not kept."""
 
 
 Rule = Same | Fused | Dropped
@@ -87,6 +93,24 @@ class NameMap:
             return None
         rule, numbers = found
         return () if isinstance(rule, Dropped) else tuple(_fill(p, numbers) for p in rule.parts)
+
+    def rule_of(self, foreign: str) -> tuple[Rule, tuple[str, ...]] | None:
+        """The rule for a foreign name and the canonical names it gives, or None when unknown."""
+        found = self._by_foreign(foreign)
+        if found is None:
+            return None
+        rule, numbers = found
+        parts = () if isinstance(rule, Dropped) else rule.parts
+        return rule, tuple(_fill(pattern, numbers) for pattern in parts)
+
+    def writing(self, canonical: str) -> tuple[str, Same | Fused, tuple[str, ...]] | None:
+        """Foreign name, rule and all canonical parts of the tensor that holds a canonical one."""
+        found = self._by_canonical(canonical)
+        if found is None:
+            return None
+        rule, numbers = found
+        parts = tuple(_fill(pattern, numbers) for pattern in rule.parts)
+        return _fill(rule.foreign, numbers), rule, parts
 
     def foreign_name(self, canonical: str) -> str | None:
         """The foreign name that holds a canonical tensor, or None when unknown."""
@@ -186,7 +210,9 @@ class NameMap:
 
 
 def _numbered(pattern: str) -> re.Pattern[str]:
-    return re.compile(r"(\d+)".join(map(re.escape, pattern.split("*"))))
+    anything = pattern.endswith("**")
+    numbered = r"(\d+)".join(map(re.escape, pattern.removesuffix("**").split("*")))
+    return re.compile(numbered + (".*" if anything else ""))
 
 
 def _fill(pattern: str, numbers: tuple[str, ...]) -> str:

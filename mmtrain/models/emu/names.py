@@ -8,11 +8,22 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from mmtrain.checkpoint.names import Dropped, Fused, NameMap, Rule, Same
+from mmtrain.checkpoint.names import Dropped, Elsewhere, Fused, NameMap, Rule, Same
 from mmtrain.errors import ContentError
 
 PEFT_PREFIX = "base_model.model."  # what the LoRA wrapper puts after `decoder.lm.`
 _LORA = re.compile(r"(.+)\.lora_([AB])\.default\.weight")
+
+# linears of a LLaMA block, theirs and ours: what adapters may stand beside
+LINEARS = {
+    "self_attn.q_proj": "attention.q",
+    "self_attn.k_proj": "attention.k",
+    "self_attn.v_proj": "attention.v",
+    "self_attn.o_proj": "attention.out",
+    "mlp.gate_proj": "mlp.gate",
+    "mlp.up_proj": "mlp.up",
+    "mlp.down_proj": "mlp.down",
+}
 
 _ROTARY = (
     "recomputed in float32: the stored buffer is rounded to bfloat16, and tables made of it are "
@@ -23,21 +34,23 @@ _DEAD_TABLE = "never used: the T5 stack is fed with the learned queries"
 
 
 def llama_rules(prefix: str) -> tuple[Rule, ...]:
-    """Hugging Face LLaMA names behind `prefix`."""
+    """Hugging Face LLaMA names behind `prefix`, adapters as PEFT 0.5 names them."""
     block, ours = f"{prefix}model.layers.*", "blocks.*"
     return (
+        *(
+            Same(
+                f"{block}.{theirs}.lora_{part}.default.weight", f"{ours}.{name}_lora.{leaf}.weight"
+            )
+            for theirs, name in LINEARS.items()
+            for part, leaf in (("A", "a"), ("B", "b"))
+        ),
         Same(f"{prefix}model.embed_tokens.weight", "embed.tokens.weight"),
         Same(f"{block}.input_layernorm.weight", f"{ours}.norm1.weight"),
         *(
-            Same(f"{block}.self_attn.{name}_proj.weight", f"{ours}.attention.{name}.weight")
-            for name in ("q", "k", "v")
+            Same(f"{block}.{theirs}.weight", f"{ours}.{name}.weight")
+            for theirs, name in LINEARS.items()
         ),
-        Same(f"{block}.self_attn.o_proj.weight", f"{ours}.attention.out.weight"),
         Same(f"{block}.post_attention_layernorm.weight", f"{ours}.norm2.weight"),
-        *(
-            Same(f"{block}.mlp.{name}_proj.weight", f"{ours}.mlp.{name}.weight")
-            for name in ("gate", "up", "down")
-        ),
         Same(f"{prefix}model.norm.weight", "head.norm.weight"),
         Same(f"{prefix}lm_head.weight", "head.unembed.weight"),
         Dropped(f"{block}.self_attn.rotary_emb.inv_freq", _ROTARY),
@@ -113,6 +126,37 @@ RELEASE = NameMap(
     ),
 )
 LLAMA = NameMap("a Hugging Face LLaMA", llama_rules(""))
+_TEXT = "the text tower of EVA-CLIP, which Emu does not have"
+EVA = NameMap(
+    "EVA-CLIP",
+    (
+        *vision_rules("visual."),
+        Elsewhere("text.**", _TEXT),
+        Elsewhere("logit_scale", _TEXT),
+    ),
+)
+_ADAPTED = re.compile(r"(.+\.(?:self_attn|mlp)\.\w+_proj)\.base_layer\.weight")
+_NAMELESS = re.compile(r"(.+\.lora_[AB])\.weight")
+
+
+def without_peft(name: str) -> str:
+    """The name a LoRA-wrapped tensor has in the plain release; adapters as PEFT 0.5 names them.
+
+    The wrapper's prefix goes; `base_layer` (PEFT from 0.7 on) goes; adapters without an adapter's
+    name (as in adapter folders) get `default`.
+    """
+    name = name.replace(f".{PEFT_PREFIX}", ".", 1).removeprefix(PEFT_PREFIX)
+    if hit := _ADAPTED.fullmatch(name):
+        return f"{hit[1]}.weight"
+    if hit := _NAMELESS.fullmatch(name):
+        return f"{hit[1]}.default.weight"
+    return name
+
+
+def with_peft(name: str) -> str:
+    """The name a tensor of the plain release has in the LoRA-wrapped one (PEFT 0.5 and 0.6)."""
+    stem = "decoder.lm."
+    return f"{stem}{PEFT_PREFIX}{name.removeprefix(stem)}" if name.startswith(stem) else name
 
 
 def merge_lora(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
