@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmtrain.data.lengths import folder_name
 from mmtrain.data.rules import Rule
-from mmtrain.data.vocabulary import load_vocabulary
+from mmtrain.data.vocabulary import ASSISTANT, USER, load_vocabulary
 from mmtrain.errors import MmtrainError, Problem
 from mmtrain.layout.dims import dims_for
 from mmtrain.layout.names import covers
@@ -204,7 +204,7 @@ def _packs(recipe: Recipe, spec: ModelSpec) -> Iterator[Problem]:
             )
         if source.rule is Rule.text:
             continue
-        images = source.max_images if source.rule is Rule.video else 1
+        images = source.max_images if source.rule is Rule.video else min(source.max_images, 1)
         least = images * group + 3  # begin, end and one token of text
         if source.max_tokens < least:
             yield Problem(
@@ -275,7 +275,8 @@ def _tokenizer(recipe: Recipe, spec: ModelSpec) -> Generator[Problem, None, str 
     spec.sequence(recipe.model, asked)
     try:
         vocabulary = load_vocabulary(folder)
-        vocabulary.require(list(asked))
+        chats = any(source.rule is Rule.chat for _, source in _all_sources(recipe))
+        vocabulary.require([*asked, *((USER, ASSISTANT) if chats else ())])
     except MmtrainError as error:
         yield Problem("data.tokenizer", str(error))
         return None

@@ -80,6 +80,7 @@ class DataConfig:
     shuffle: bool = True
     workers: int = 2  # processes that decode images for each rank; 0 decodes in the rank
     decode_failures: float = 0.01  # share of bad samples beyond which a run stops
+    learn_image_begin: bool = False  # learn to begin images ([IMG] is a label); off as published
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -278,7 +278,8 @@ def prompt_tokens(
 
     The tokens are those that `tokenize` makes of the same parts in a document.
     """
-    tokens, media = [layout.bos], []
+    tokens = [layout.bos]
+    media: list[bytes] = []
     for part in parts:
         if part.modality is Modality.text:
             tokens += vocabulary.encode_part(part)
