@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 
 class Cut(Enum):
@@ -58,6 +58,7 @@ class Slice:
         return -(-length // ranks)
 
 
+@lru_cache(maxsize=4096)  # every parameter is tried against every rule
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """Turn `a.*.{b,c}` into a regular expression over dotted names."""
     pieces = re.split(r"(\*|\{[^}]*\})", pattern)

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 
+from mmtrain.models.emu.decoder import EMU_DECODER
 from mmtrain.models.emu.spec import EMU
 from mmtrain.models.spec import ModelSpec
 from mmtrain.settings import Phase
 
 FAMILIES: Mapping[str, Mapping[Phase, ModelSpec]] = {
-    "emu": {Phase.pretrain: EMU, Phase.instruct: EMU},
+    "emu": {Phase.pretrain: EMU, Phase.instruct: EMU, Phase.decoder: EMU_DECODER},
 }
 
 
