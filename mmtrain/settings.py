@@ -40,6 +40,7 @@ class Decay(Enum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
+    steps = "steps"  # `schedule.steps` says which factor holds from which step on
 
 
 class Implementation(Enum):
@@ -118,6 +119,8 @@ class ScheduleConfig:
     warmup_steps: int = 2000
     decay: Decay = Decay.cosine
     final_ratio: float = 0.0  # of the peak, at the last step
+    # with decay `steps`: optimizer step -> factor of the peak from there on, as in {10000: 0.5}
+    steps: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +133,11 @@ class TrainConfig:
     precision: Precision = Precision.bf16
     loss_weights: dict[str, float] = field(default_factory=lambda: {"text": 1.0, "image": 1.0})
     freeze: tuple[str, ...] = ()  # name patterns of parameters that are not trained
-    initialize_from: str | None = None  # folder of full tensors (safetensors) by canonical name
+    ema: float = 0.0  # decay of a running mean of the weights, as in 0.9999; 0 = none is kept
+    # a run, a checkpoint or an export; adapters and rows of new tokens that it lacks are made
+    initialize_from: str | None = None
+    # new token -> the word whose rows' mean it begins with; of all rows when it is not named here
+    new_rows: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,12 +158,161 @@ class ValidateConfig:
     packs: int = 64
 
 
+class TaskKind(Enum):
+    """What an evaluation asks for."""
+
+    shapes_captions = "shapes_captions"  # captions whose truth is computed (world of shapes)
+    caption = "caption"  # captions compared with people's (CIDEr)
+    vqa = "vqa"  # short answers compared with people's
+    chat = "chat"  # answers of held-out conversations, to the letter
+    rank = "rank"  # candidate answers by their likelihood
+    draw = "draw"  # pictures of captions, judged by their pixels (world of shapes)
+
+
+class ShotChoice(Enum):
+    """Which examples of the support set are shown before a question."""
+
+    similar = "similar"  # those with the most similar pictures (RICES)
+    random = "random"
+
+
+class ShotForm(Enum):
+    """What is shown of an example."""
+
+    pictures = "pictures"  # its picture, question and answer
+    text = "text"  # question and answer alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExamplesConfig:
+    """A set of examples: published JSON with its pictures, or a folder of shards."""
+
+    path: str = ""  # a JSON file, or a folder of shards; empty = the held-out sources
+    questions: str | None = None  # the questions file of VQAv2 and OK-VQA
+    images: str = ""  # folder of the pictures that a JSON file names
+    split: str = "test"  # of Karpathy's file
+    relevance: str | None = None  # VisDial's dense annotations
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig(ExamplesConfig):
+    """One evaluation; what is left out (null) is as published for the kind."""
+
+    kind: TaskKind
+    documents: int | None = None  # asked, of each source; null = 256 of shards, all of a JSON file
+    prompt: str | None = None  # words after a picture; `{question}` stands for the question
+    beams: int | None = None  # of the search; 1 = greedy
+    new_tokens: int | None = None  # of an answer at most
+    shots: tuple[int, ...] = (0,)  # examples shown before a question; each number is a result
+    support: ExamplesConfig | None = None  # where they are from
+    choice: ShotChoice = ShotChoice.similar
+    form: ShotForm = ShotForm.pictures
+    candidates: int = 10  # captions that are ranked, where the set has no candidates of its own
+    scheduler: str = "pndm"  # of drawing: pndm, ddim or dpm
+    steps: int = 50  # of drawing
+    guidance: float = 7.5  # of drawing
+    seed: int = 0  # of random shots and of drawing
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What `mmtrain evaluate` asks, and how often a run in training is asked."""
+
+    every_steps: int = 0  # from a checkpoint, while training; 0 = never
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    timeout_seconds: float = 7200.0  # other ranks wait so long for rank 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class SaveConfig:
     """Checkpoints."""
 
     every_steps: int = 500  # 0 = only at the end
     keep: int = 3  # newest checkpoints kept
+
+
+class Condition(Enum):
+    """What the visual decoder is told a picture by."""
+
+    rollout = "rollout"  # the rows the frozen model writes after the picture's text (Emu)
+    encoder = "encoder"  # the rows its encoder makes of the picture itself (Emu2)
+
+
+class Null(Enum):
+    """What stands for no condition, in training (`decoder.drop`) and for guidance."""
+
+    prompt = "prompt"  # the rows the frozen model writes after an empty prompt, as released
+    zeros = "zeros"
+
+
+class Latent(Enum):
+    """What is taken of the distribution that the VAE gives for a picture."""
+
+    sample = "sample"
+    mode = "mode"
+
+
+class Fit(Enum):
+    """How a picture becomes a square."""
+
+    crop = "crop"  # the shorter side is scaled, the middle is kept
+    squash = "squash"  # both sides are scaled, as for the vision tower
+
+
+class BetaSchedule(Enum):
+    """How noise grows over the diffusion steps (names of diffusers)."""
+
+    scaled_linear = "scaled_linear"  # SD-1.5
+    linear = "linear"
+    squaredcos_cap_v2 = "squaredcos_cap_v2"  # cosine; better for small pictures
+
+
+class Prediction(Enum):
+    """What the decoder answers to a noisy picture (names of diffusers)."""
+
+    epsilon = "epsilon"  # the noise, as published
+    v_prediction = "v_prediction"
+
+
+class Scheduler(Enum):
+    """How pictures are drawn."""
+
+    pndm = "pndm"  # as released
+    ddim = "ddim"
+    dpm = "dpm"  # DPM-Solver++ of second order
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawConfig:
+    """How pictures are drawn, in training and by default afterwards."""
+
+    pictures: int = 8  # held-out captions drawn at `log.images_every_steps`
+    scheduler: Scheduler = Scheduler.pndm
+    steps: int = 50
+    guidance: float = 7.5  # unconditional + guidance * (conditional - unconditional)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The phase `decoder`: what conditions the visual decoder, and what it diffuses."""
+
+    language: str | None = None  # the frozen model: a run, a checkpoint or an export folder
+    recipe: str | None = None  # of the frozen model; null = recipe.yaml of the run
+    condition: Condition = Condition.rollout
+    condition_scale: float = 1.0  # conditions are multiplied by it
+    null: Null = Null.prompt
+    drop: float = 0.1  # share of samples trained without their condition
+    cached: str | None = None  # folder written by tools/encode_latents.py; null = made in the run
+    longest_text: int = 0  # tokens; documents with more are left out; 0 = no limit
+    vae: str | None = None  # diffusers folder of the frozen VAE; null = pixels are diffused
+    latent: Latent = Latent.sample
+    fit: Fit = Fit.crop
+    beta_schedule: BetaSchedule = BetaSchedule.scaled_linear
+    beta_start: float = 0.00085  # of scaled_linear and linear
+    beta_end: float = 0.012
+    noise_steps: int = 1000
+    prediction: Prediction = Prediction.epsilon
+    draw: DrawConfig = field(default_factory=DrawConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +330,8 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)  # in the phase decoder alone
     log: LogConfig = field(default_factory=LogConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
