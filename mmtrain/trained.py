@@ -16,6 +16,7 @@ from mmtrain import recipe as recipes
 from mmtrain.checkpoint import portable
 from mmtrain.checkpoint.portable import FullTensors
 from mmtrain.data import images
+from mmtrain.data.document import Part
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.errors import ContentError, RecipeError
@@ -38,17 +39,19 @@ class Trained:
     layout: SequenceFormat
     sampler: EmuSampler
 
-    def prompt(self, pieces: Sequence[str | Image.Image]) -> Prompt:
-        """<s>, then texts and pictures in order."""
+    def prompt(self, pieces: Sequence[str | Image.Image | Part]) -> Prompt:
+        """<s>, then texts and pictures in order; text parts of documents may be markup."""
         layout = self.layout
         group = [layout.image_begin, *[layout.image_slot] * layout.visual_tokens, layout.image_end]
         tokens, pixels = [layout.bos], []
         for piece in pieces:
             if isinstance(piece, str):
                 tokens += self.vocabulary.encode(piece) if piece.strip() else []
+            elif isinstance(piece, Part):
+                tokens += self.vocabulary.encode_part(piece)
             else:
                 tokens += group
-                pixels.append(_pixels(piece, layout))
+                pixels.append(pixels_of(piece, layout))
         context = spec_of(self.recipe.family, self.recipe.phase).context(self.recipe.model)
         if len(tokens) >= context:
             raise ContentError(
@@ -94,7 +97,8 @@ def _choice(nucleus: Nucleus | None, first: int, count: int) -> Choose:
     return greedy if nucleus is None else nucleus.rows(first, count)
 
 
-def _pixels(picture: Image.Image, layout: SequenceFormat) -> Tensor:
+def pixels_of(picture: Image.Image, layout: SequenceFormat) -> Tensor:
+    """Normalised pixels of a picture, float32 `[3, image_size, image_size]`."""
     return images.decode(images.encode_png(picture.convert("RGB")), layout)
 
 

@@ -136,6 +136,7 @@ class EmuSampler:
         names = list(layers)
         self.form = form
         self._encoder = [layers[name] for name in names[: names.index("embed")]]
+        self._tower = [layers[name] for name in names[: names.index("causal")]]
         self._blocks = [layers[name] for name in names if name.startswith("blocks.")]
         self._embed = cast(SplicedEmbedding, layers["embed"])
         self.head = cast(EmuHead, layers["head"])
@@ -147,6 +148,14 @@ class EmuSampler:
         for layer in self._encoder:
             flow = layer(flow)
         return flow.hidden
+
+    @torch.inference_mode()
+    def features(self, pixels: Tensor) -> Tensor:
+        """Mean of the vision tower's tokens `[n, C]` of images `[n, 3, H, W]`: how alike they are."""
+        flow = Flow(pixels.to(self.device), {})
+        for layer in self._tower:
+            flow = layer(flow)
+        return flow.hidden.mean(1)
 
     def pack(self, prompts: Sequence[Prompt]) -> Packed:
         """Embed prompts, visual rows in place, and lay them one after another.
