@@ -6,12 +6,19 @@ fits, not the last GiB; allocator slack and communication buffers are left out.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mmtrain.layout.balance import balance, stage_ranges, table
 from mmtrain.layout.dims import ParallelDims, dims_for
-from mmtrain.layout.names import covers, deciding
-from mmtrain.models.census import LayerCensus, count_by_part, local_count, take_census
+from mmtrain.layout.names import deciding
+from mmtrain.models.census import (
+    LayerCensus,
+    count_by_part,
+    forward_passes,
+    local_count,
+    take_census,
+)
 from mmtrain.models.families import spec_of
 from mmtrain.models.spec import BatchShape, ModelSpec
 from mmtrain.settings import Precision, Recipe, Recompute
@@ -56,15 +63,34 @@ class Facts:
         """Numbers in all parameters."""
         return sum(layer.count for layer in self.census)
 
+    def is_trained(self, name: str) -> bool:
+        """Whether the run trains a parameter."""
+        return self.spec.is_trained(self.recipe.model, self.recipe.train.freeze, name)
+
     def trained(self, layer: LayerCensus) -> dict[str, tuple[int, ...]]:
-        """The parameters of a layer that are not frozen."""
-        freeze = self.recipe.train.freeze
-        return {n: s for n, s in layer.shapes.items() if not any(covers(p, n) for p in freeze)}
+        """The parameters of a layer that are trained."""
+        return {n: s for n, s in layer.shapes.items() if self.is_trained(n)}
+
+    @property
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shape of every parameter that is trained, by canonical name."""
+        return {n: s for layer in self.census for n, s in self.trained(layer).items()}
+
+    @property
+    def trained_numbers(self) -> int:
+        """Numbers in the parameters that are trained."""
+        return sum(map(_product, self.trained_shapes.values()))
+
+    @cached_property
+    def passes(self) -> list[float]:
+        """Forward-sized passes of a step over each layer, without recomputation."""
+        return forward_passes(self.census, self.is_trained)
 
     def bounds(self) -> tuple[int, ...]:
-        """First layer of every stage but the first."""
+        """First layer of every stage but the first: as given, or balanced over a step's work."""
         given = self.recipe.parallel.bounds
-        return given or balance(self.flops, self.recipe.parallel.pipeline)
+        costs = [f * p for f, p in zip(self.flops, self.passes, strict=True)]
+        return given or balance(costs, self.recipe.parallel.pipeline)
 
     def memory(self, stage: int, dims: ParallelDims) -> Memory:
         """Estimate for one rank of a stage."""
@@ -134,12 +160,19 @@ def describe(recipe: Recipe) -> str:
     facts = collect(recipe)
     parts = count_by_part(facts.census)
     layers = {part: _layers_of(facts.census, part) for part in parts}
-    rows = [("part", "layers", "numbers", "learning rate")]
+    rows = [("part", "layers", "numbers", "trained", "learning rate")]
     rows += [
-        (part, str(len(layers[part])), f"{count:,}", _rates(facts, layers[part]))
+        (
+            part,
+            str(len(layers[part])),
+            f"{count:,}",
+            f"{sum(_product(s) for la in layers[part] for s in facts.trained(la).values()):,}",
+            _rates(facts, layers[part]),
+        )
         for part, count in parts.items()
     ]
-    rows.append(("total", str(len(facts.census)), f"{facts.numbers:,}", ""))
+    count = f"{facts.numbers:,}"
+    rows.append(("total", str(len(facts.census)), count, f"{facts.trained_numbers:,}", ""))
     tensors = sum(len(layer.shapes) for layer in facts.census)
     return "\n".join(
         [
@@ -164,8 +197,11 @@ def plan(recipe: Recipe, world_size: int) -> str:
         sequence=parallel.sequence,
     )
     micro = accumulation(recipe, dims.data)
-    per_step = sum(facts.flops) * (recipe.train.global_batch_packs / recipe.train.micro_batch_packs)
-    passes = 3 if parallel.recompute is Recompute.none else 4
+    micros = recipe.train.global_batch_packs / recipe.train.micro_batch_packs
+    per_step = sum(facts.flops) * micros
+    again = 0 if parallel.recompute is Recompute.none else 1
+    done = sum(p * f for p, f in zip(facts.passes, facts.flops, strict=True))
+    passes = again + done / sum(facts.flops)
     tokens = recipe.train.global_batch_packs * recipe.data.pack_tokens
     lines = [
         f"{world_size} ranks = tensor {dims.tensor} x pipeline {dims.pipeline} x data {dims.data}; "
@@ -173,8 +209,9 @@ def plan(recipe: Recipe, world_size: int) -> str:
         f"step: {recipe.train.global_batch_packs} packs = {dims.data} data ranks x {micro} "
         f"micro-batches x {recipe.train.micro_batch_packs} packs of {recipe.data.pack_tokens} "
         f"positions = {tokens:,} positions",
-        f"work: {per_step * passes / 1e12:,.4g} TFLOP a step at most, {passes} passes (forward, "
-        f"backward{', recomputation' if passes == 4 else ''})",
+        f"work: {per_step * passes / 1e12:,.4g} TFLOP a step at most, {passes:.3g} passes "
+        f"(forward, backward{', recomputation' if again else ''})",
+        f"trained: {facts.trained_numbers:,} of {facts.numbers:,} numbers",
         f"bubble: {bubble(dims.pipeline, micro):.1%} of the time of a stage is waiting",
         "",
         _stages(facts, dims),

@@ -57,7 +57,14 @@ def problems(recipe: Recipe, spec: ModelSpec, world_size: int | None = None) -> 
     found = [*_numbers(recipe), *_layout(recipe, world_size), *_batch(recipe, world_size), *model]
     if not model or not list(spec.problems(recipe.model, 1)):  # it can be built
         census = take_census(spec, recipe.model)
-        found += [*_bounds(recipe, census), *_patterns(recipe, census), *_packs(recipe, spec)]
+        found += [*_bounds(recipe, census), *_patterns(recipe, spec, census), *_packs(recipe, spec)]
+    if recipe.train.new_rows and recipe.train.initialize_from is None:
+        found.append(
+            Problem(
+                "train.new_rows",
+                "given without train.initialize_from; there are no rows to make new ones of",
+            )
+        )
     return [*found, *_losses(recipe, spec), *_sources(recipe)]
 
 
@@ -155,7 +162,7 @@ def _bounds(recipe: Recipe, census: list[LayerCensus]) -> Iterator[Problem]:
         )
 
 
-def _patterns(recipe: Recipe, census: list[LayerCensus]) -> Iterator[Problem]:
+def _patterns(recipe: Recipe, spec: ModelSpec, census: list[LayerCensus]) -> Iterator[Problem]:
     names = [name for layer in census for name in layer.shapes]
     parts = list(dict.fromkeys(name.partition(".")[0] for name in names))
     optimizer = recipe.optimizer
@@ -163,6 +170,7 @@ def _patterns(recipe: Recipe, census: list[LayerCensus]) -> Iterator[Problem]:
         ("train.freeze", recipe.train.freeze),
         ("optimizer.learning_rates", tuple(optimizer.learning_rates)),
         ("optimizer.no_decay", optimizer.no_decay),
+        *spec.patterns(recipe.model).items(),
     )
     prefixes = {".".join(n.split(".")[:k]) for n in names for k in range(1, n.count(".") + 2)}
     for place, patterns in tables:
@@ -174,8 +182,9 @@ def _patterns(recipe: Recipe, census: list[LayerCensus]) -> Iterator[Problem]:
                     f"the pattern {pattern!r} covers no parameter{near}; parameters start with "
                     f"{', '.join(parts)}, as in {names[0]}",
                 )
-    if all(any(covers(p, name) for p in recipe.train.freeze) for name in names):
-        yield Problem("train.freeze", "covers every parameter; nothing would be trained")
+    if not any(spec.is_trained(recipe.model, recipe.train.freeze, name) for name in names):
+        among = " that this phase trains" if spec.patterns(recipe.model) else ""
+        yield Problem("train.freeze", f"covers every parameter{among}; nothing would be trained")
 
 
 class _AnyIds(dict[str, int]):
@@ -290,6 +299,17 @@ def _tokenizer(recipe: Recipe, spec: ModelSpec) -> Generator[Problem, None, str 
     return vocabulary.fingerprint
 
 
+def _new_rows(recipe: Recipe) -> Iterator[Problem]:
+    vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
+    for token, word in recipe.train.new_rows.items():
+        place = join("train.new_rows", token)
+        if token not in vocabulary.ids:
+            near = suggestion(token, list(vocabulary.ids))
+            yield Problem(place, f"the tokenizer of data.tokenizer has no token {token!r}{near}")
+        elif not vocabulary.encode(word):
+            yield Problem(place, f"found {word!r}; wanted: a word, whose rows are averaged")
+
+
 def _shards(place: str, folder: Path, recipe: Recipe, fingerprint: str | None) -> Iterator[Problem]:
     if not folder.is_dir():
         yield Problem(place, f"there is no folder {folder}, and no remote is set")
@@ -311,6 +331,8 @@ def missing_files(recipe: Recipe, spec: ModelSpec) -> Iterator[Problem]:
     for place, source in _all_sources(recipe):
         if source.remote is None:  # else fetched when needed
             yield from _shards(f"{place}.path", Path(source.path), recipe, fingerprint)
+    if recipe.train.new_rows and fingerprint is not None:
+        yield from _new_rows(recipe)
     start = recipe.train.initialize_from
     if start is not None and not Path(start).exists():
         yield Problem("train.initialize_from", f"there is no folder {start}")

@@ -8,11 +8,10 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -30,22 +29,20 @@ from mmtrain.data.rules import RuleOptions
 from mmtrain.data.sources import open_source
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
-from mmtrain.errors import ContentError, ExitCode
-from mmtrain.layout.balance import balance
+from mmtrain.errors import ExitCode
+from mmtrain.facts import Facts, collect
+from mmtrain.initial import initial_weights
 from mmtrain.layout.dims import ParallelDims, dims_for
-from mmtrain.layout.names import deciding
 from mmtrain.layout.ranks import launched
-from mmtrain.models.census import take_census
 from mmtrain.models.families import spec_of
 from mmtrain.models.spec import BatchShape, ModelSpec
-from mmtrain.nn.init import draw_by_name
 from mmtrain.parallel.build import Builder, Construction, Fold, Stage, canonical_parameters
 from mmtrain.parallel.mesh import Mesh, open_mesh
 from mmtrain.settings import Precision, Recipe, Recompute, SourceConfig
 from mmtrain.train import loop
 from mmtrain.train.engine import Engine, EngineSettings, FoldEngine, StageEngine
 from mmtrain.train.metrics import Reporter, Work
-from mmtrain.train.optim import build_optimizer, choose, parameter_groups
+from mmtrain.train.optim import Filled, build_optimizer, choose, parameter_groups, used_groups
 from mmtrain.train.peak import peak_tflops
 from mmtrain.train.save import restore, save
 from mmtrain.train.state import TrainState
@@ -61,6 +58,7 @@ class Setting:
     spec: ModelSpec
     vocabulary: Vocabulary
     layout: SequenceFormat
+    facts: Facts
     shapes: dict[str, tuple[int, ...]]  # full shape of every parameter, by canonical name
 
     @property
@@ -73,9 +71,13 @@ def read_setting(recipe: Recipe) -> Setting:
     """Family, tokenizer and parameter shapes of a checked recipe."""
     spec = spec_of(recipe.family, recipe.phase)
     vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
-    census = take_census(spec, recipe.model)
-    shapes = {name: shape for layer in census for name, shape in layer.shapes.items()}
-    return Setting(recipe, spec, vocabulary, spec.sequence(recipe.model, vocabulary.ids), shapes)
+    layout = replace(
+        spec.sequence(recipe.model, vocabulary.ids),
+        learns_image_begin=recipe.data.learn_image_begin,
+    )
+    facts = collect(recipe)
+    shapes = {name: shape for layer in facts.census for name, shape in layer.shapes.items()}
+    return Setting(recipe, spec, vocabulary, layout, facts, shapes)
 
 
 def train(recipe: Recipe) -> int:
@@ -154,27 +156,22 @@ def build_engine(setting: Setting, mesh: Mesh) -> Engine:
     implementation = choose(recipe.optimizer.implementation, mesh.device)
     log.info("optimizer: AdamW by %s", implementation.value)
     settings = _engine_settings(setting, mesh.dims)
+    facts = setting.facts
+    log.info("%d of %d numbers are trained", facts.trained_numbers, facts.numbers)
     if mesh.dims.pipeline == 1:
         model = Fold(layers, construction, mesh)
         named = canonical_parameters(model.named_layers())
-        groups = parameter_groups(named, recipe.optimizer, None)
+        groups = parameter_groups(named, recipe.optimizer)
         optimizer = build_optimizer(groups, recipe.optimizer, implementation)
         return FoldEngine(model, optimizer, mesh, settings)
-    bounds = stage_bounds(recipe, spec)
+    bounds = (0, *facts.bounds(), len(layers))
     stage = Stage(layers, construction, mesh, bounds)
     named = canonical_parameters(stage.named_layers())
-    groups = parameter_groups(named, recipe.optimizer, stage)
+    filled = Filled(stage, used_groups(facts.trained_shapes, recipe.optimizer))
+    groups = parameter_groups(named, recipe.optimizer, filled)
     optimizer = build_optimizer(groups, recipe.optimizer, implementation)
     log.info("stages begin at layers %s", [layers[bound][0] for bound in bounds[:-1]])
     return StageEngine(stage, optimizer, mesh, settings)
-
-
-def stage_bounds(recipe: Recipe, spec: ModelSpec) -> tuple[int, ...]:
-    """First layer of every stage, then the number of layers."""
-    data = recipe.data
-    costs = spec.flops(recipe.model, BatchShape(data.pack_tokens, data.pack_images))
-    cuts = recipe.parallel.bounds or balance(costs, recipe.parallel.pipeline)
-    return (0, *cuts, len(costs))
 
 
 def _construction(setting: Setting) -> Construction:
@@ -182,42 +179,15 @@ def _construction(setting: Setting) -> Construction:
     recomputed = recipe.parallel.recompute is Recompute.full
     return Construction(
         plan=spec.plan,
-        initial=_initial(setting),
+        initial=initial_weights(recipe, spec, setting.shapes, setting.vocabulary),
         fields=spec.fields,
-        is_trained=lambda name: deciding(recipe.train.freeze, name) is None,
+        is_trained=setting.facts.is_trained,
         # the head's forward is one product and the stem's one convolution: little to save there
         recomputed=lambda name: recomputed and ("blocks" in name or name == "causal"),
         sequence=recipe.parallel.sequence,
         partition=recipe.parallel.zero_stage == 3,
         dtype=torch.bfloat16 if recipe.train.precision is Precision.bf16 else torch.float32,
     )
-
-
-def _initial(setting: Setting) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
-    """Weights by name: from a folder of full tensors when the recipe names one, else drawn."""
-    recipe = setting.recipe
-    drawn = partial(_draw, rules=setting.spec.initial(recipe.model), seed=recipe.seed)
-    if recipe.train.initialize_from is None:
-        return drawn
-    source = Path(recipe.train.initialize_from)
-    tensors = portable.open_tensors(source)
-    here = {name: tensors.shape(name) for name in tensors.names()}
-    wrong = [
-        f"{name}: {here.get(name)} instead of {shape}"
-        for name, shape in setting.shapes.items()
-        if here.get(name) != shape
-    ] + [f"{name}: not a parameter of the model" for name in here if name not in setting.shapes]
-    if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ContentError(
-            f"train.initialize_from {source} does not fit the model: {'; '.join(wrong[:8])}{more}"
-        )
-    log.info("initial weights: %d tensors of %s", len(here), source)
-    return lambda name, shape: tensors.get(name)
-
-
-def _draw(name: str, shape: tuple[int, ...], rules: Any, seed: int) -> torch.Tensor:
-    return draw_by_name(name, shape, rules, seed)
 
 
 def _engine_settings(setting: Setting, dims: ParallelDims) -> EngineSettings:
@@ -370,23 +340,16 @@ def _reporter(setting: Setting, mesh: Mesh, state: TrainState) -> Reporter:
     peak, source = peak_tflops(mesh.device, recipe.train.precision, recipe.log.peak_tflops)
     work = Work(
         flops=lambda tokens, images: setting.spec.flops(recipe.model, BatchShape(tokens, images)),
-        passes=tuple(_passes(setting)),
+        passes=tuple(
+            (layer.name.partition(".")[0], passes)
+            for layer, passes in zip(setting.facts.census, setting.facts.passes, strict=True)
+        ),
         pack_tokens=recipe.data.pack_tokens,
         peak_tflops=peak * mesh.dims.world_size,
         peak_source=source,
     )
     names = list(recipe.data.sources)
     return Reporter(setting.folder, recipe.train.steps, state, names, work)
-
-
-def _passes(setting: Setting) -> Iterator[tuple[str, int]]:
-    """Top-level module of each layer and its forward-sized passes in a step."""
-    recipe, below = setting.recipe, False
-    for layer in take_census(setting.spec, recipe.model):
-        trained = any(deciding(recipe.train.freeze, name) is None for name in layer.shapes)
-        below = below or trained
-        module = layer.name.partition(".")[0]
-        yield module, 3 if trained else 2 if below else 1
 
 
 # --- afterwards ----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Every parameter of a model, counted on meta tensors: nothing is allocated."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,21 @@ def count_by_part(census: list[LayerCensus]) -> dict[str, int]:
         part = layer.name.partition(".")[0]
         parts[part] = parts.get(part, 0) + layer.count
     return parts
+
+
+def forward_passes(census: list[LayerCensus], is_trained: Callable[[str], bool]) -> list[float]:
+    """Forward-sized passes that a training step makes over each layer.
+
+    One forward; one for the gradient of its input, once anything in it or below it is trained;
+    and the trained share of its numbers for their own gradients. So 3 where everything is
+    trained, about 2 where adapters are, 1 below them.
+    """
+    out, reached = [], False
+    for layer in census:
+        trained = sum(math.prod(s) for name, s in layer.shapes.items() if is_trained(name))
+        reached = reached or trained > 0
+        out.append(1.0 + reached + (trained / layer.count if layer.count else 0.0))
+    return out
 
 
 def local_count(spec: ModelSpec, shapes: dict[str, tuple[int, ...]], tensor_ranks: int) -> int:

@@ -33,14 +33,14 @@ class Work:
     Attributes:
         flops: (positions of a pack, mean images of a pack) -> forward operations of each layer.
         passes: top-level module of each layer, and how many forward-sized passes a step makes
-            over it: 3 when trained, 2 when only gradients pass through, 1 when nothing does.
+            over it (`models.census.forward_passes`).
         pack_tokens: positions of a pack.
         peak_tflops: of all ranks together; 0 when unknown.
         peak_source: where that figure is from.
     """
 
     flops: Callable[[int, float], list[float]]
-    passes: tuple[tuple[str, int], ...]
+    passes: tuple[tuple[str, float], ...]
     pack_tokens: int
     peak_tflops: float
     peak_source: str

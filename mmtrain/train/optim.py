@@ -6,7 +6,7 @@ plain torch; chosen once and logged.
 
 import importlib.util
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,22 @@ def group_of(name: str, dims: int, config: OptimizerConfig) -> Group:
     return Group(label or _DEFAULT, rate, 0.0 if still else config.weight_decay)
 
 
+@dataclass(frozen=True)
+class Filled:
+    """Under a pipeline: what keeps the optimizer groups of all stages alike.
+
+    DeepSpeed reduces the gradient norm group by group over all stages, so each must have the same
+    groups, also where none of its own parameters falls into one.
+
+    Attributes:
+        lender: module of this stage that lends one unused number to each group it cannot fill.
+        groups: those that hold a parameter on some stage, in an order that all stages share.
+    """
+
+    lender: nn.Module
+    groups: list[Group]
+
+
 def all_groups(config: OptimizerConfig) -> list[Group]:
     """Every group a recipe can give, in a fixed order that all pipeline stages share."""
     rates = [(_DEFAULT, config.learning_rate), *config.learning_rates.items()]
@@ -52,19 +68,23 @@ def all_groups(config: OptimizerConfig) -> list[Group]:
     ]
 
 
+def used_groups(trained: Mapping[str, tuple[int, ...]], config: OptimizerConfig) -> list[Group]:
+    """The groups that hold one of the trained parameters (canonical name -> full shape)."""
+    used = {group_of(name, len(shape), config) for name, shape in trained.items()}
+    return [group for group in all_groups(config) if group in used]
+
+
 def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]],
     config: OptimizerConfig,
-    filler: nn.Module | None,
+    filled: Filled | None = None,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups of the trained parameters.
+    """Optimizer groups of the trained parameters; empty ones are dropped.
 
     Args:
         named: canonical name and parameter.
         config: the recipe's optimizer section.
-        filler: under a pipeline, a module that lends one unused number to each group that is
-            empty on this stage: DeepSpeed reduces the gradient norm group by group over all
-            stages, so they must all have the same groups; None drops empty groups.
+        filled: the groups that stay, under a pipeline.
     """
     members: dict[Group, list[nn.Parameter]] = {group: [] for group in all_groups(config)}
     for name, parameter in named:
@@ -73,9 +93,9 @@ def parameter_groups(
             members[group_of(name, len(shape), config)].append(parameter)
     out = []
     for number, (group, parameters) in enumerate(members.items()):
-        if not parameters and filler is not None:
-            lent = nn.Parameter(torch.zeros(1, device=next(iter(_devices(filler)))))
-            filler.register_parameter(f"filler_{number}", lent)
+        if not parameters and filled is not None and group in filled.groups:
+            lent = nn.Parameter(torch.zeros(1, device=next(iter(_devices(filled.lender)))))
+            filled.lender.register_parameter(f"filler_{number}", lent)
             parameters = [lent]
         if parameters:
             out.append(
@@ -123,10 +143,14 @@ def build_optimizer(
 def rate_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
     """Learning rate of optimizer step `step` (0-based) as a factor of the peak.
 
-    Linear warm-up to 1, then `decay` to `final_ratio` at the last step.
+    Linear warm-up to 1, then `decay` to `final_ratio` at the last step, or the factors of
+    `schedule.steps` from their steps on.
     """
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
+    if schedule.decay is Decay.steps:
+        passed = {int(at): factor for at, factor in schedule.steps.items() if int(at) <= step}
+        return passed[max(passed)] if passed else 1.0
     if schedule.decay is Decay.constant:
         return 1.0
     span = max(1, steps - 1 - schedule.warmup_steps)

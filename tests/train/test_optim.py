@@ -8,12 +8,14 @@ from torch import nn
 
 from mmtrain.settings import Decay, Implementation, OptimizerConfig, ScheduleConfig
 from mmtrain.train.optim import (
+    Filled,
     all_groups,
     build_optimizer,
     choose,
     group_of,
     parameter_groups,
     rate_factor,
+    used_groups,
 )
 
 PUBLISHED = OptimizerConfig(
@@ -48,10 +50,10 @@ def test_each_parameter_gets_the_published_rate_and_decay(
 def test_empty_groups_are_dropped_or_filled_so_that_stages_agree() -> None:
     weight = nn.Parameter(torch.zeros(2, 2))
     named = [("blocks.0.attention.q.weight", weight)]
-    alone = parameter_groups(named, PUBLISHED, None)
+    alone = parameter_groups(named, PUBLISHED)
     assert [group["params"] for group in alone] == [[weight]]
     stage = nn.Linear(2, 2)
-    filled = parameter_groups(named, PUBLISHED, stage)
+    filled = parameter_groups(named, PUBLISHED, Filled(stage, all_groups(PUBLISHED)))
     assert len(filled) == len(all_groups(PUBLISHED)) == 6
     lent = [p for group in filled for p in group["params"] if p is not weight]
     assert all(p.numel() == 1 for p in lent)
@@ -61,7 +63,18 @@ def test_empty_groups_are_dropped_or_filled_so_that_stages_agree() -> None:
 
 def test_frozen_parameters_are_not_optimized() -> None:
     frozen = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
-    assert parameter_groups([("head.unembed.weight", frozen)], PUBLISHED, None) == []
+    assert parameter_groups([("head.unembed.weight", frozen)], PUBLISHED) == []
+
+
+def test_stages_keep_the_groups_that_hold_something_anywhere() -> None:
+    trained = {"blocks.0.attention.q_lora.a.weight": (4, 8), "head.norm.weight": (8,)}
+    used = used_groups(trained, PUBLISHED)
+    assert [(group.label, group.weight_decay) for group in used] == [
+        ("default", PUBLISHED.weight_decay),
+        ("default", 0.0),
+    ]
+    stage = nn.Linear(2, 2)
+    assert len(parameter_groups([], PUBLISHED, Filled(stage, used))) == 2
 
 
 def test_cosine_warms_up_to_the_peak_and_ends_at_its_final_ratio() -> None:
@@ -92,7 +105,7 @@ def test_implementations_take_the_same_step_as_the_formula(
 ) -> None:
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, beta1=0.9, beta2=0.98, eps=1e-6)
     weight = nn.Parameter(torch.tensor([[1.0, -2.0]]))
-    groups = parameter_groups([("w", weight)], config, None)
+    groups = parameter_groups([("w", weight)], config)
     optimizer = build_optimizer(groups, config, implementation)
     gradient = torch.tensor([[0.3, -0.4]])
     expected, m, v = weight.detach().clone(), torch.zeros(1, 2), torch.zeros(1, 2)
