@@ -23,7 +23,7 @@ from mmtrain.errors import Problem, RecipeError
 from mmtrain.models.families import FAMILIES, spec_of
 from mmtrain.models.spec import ModelSpec
 from mmtrain.schema import MISSING, Reader, dotted_keys, join, suggestion, to_plain
-from mmtrain.settings import Phase, Recipe
+from mmtrain.settings import Phase, Recipe, TrainConfig
 
 BASE = "base"
 
@@ -159,7 +159,10 @@ def _family(written: Mapping[str, Any], found: list[Problem]) -> ModelSpec | Non
 
 def _defaults(spec: ModelSpec | None) -> Any:
     """What a recipe may leave out, so that `${...}` can point at it."""
-    return to_plain(Recipe(model=spec.config_type() if spec else {}))
+    if spec is None:
+        return to_plain(Recipe(model={}))
+    train = TrainConfig(loss_weights=dict.fromkeys(spec.losses, 1.0))
+    return to_plain(Recipe(model=spec.config_type(), train=train))
 
 
 def _merge(under: Any, over: Any) -> Any:
