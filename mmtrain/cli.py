@@ -27,6 +27,7 @@ deepspeed launcher and under sbatch; overrides follow it as key=value."""
 _EPILOG = """\
 examples:
   mmtrain data shapes demo_data --documents 4000     make demo data
+  mmtrain data chat llava.json chat --images coco    conversations as shards
   mmtrain check configs/emu/demo.yaml                all faults of a recipe, or its facts
   mmtrain plan configs/emu/14b_pretrain.yaml --world 128
   mmtrain train configs/emu/demo.yaml parallel.tensor=1 train.steps=100
@@ -137,6 +138,20 @@ def _data_index(arguments: Arguments) -> int:
     return ExitCode.DONE
 
 
+def _data_chat(arguments: Arguments) -> int:
+    from mmtrain.data.chat_ingest import ChatOptions, write_chat
+
+    options = ChatOptions(
+        format=arguments.format,
+        media=arguments.images,
+        system=arguments.system,
+        tokenizer=arguments.tokenizer,
+        max_failures=arguments.max_failures,
+    )
+    print(write_chat(arguments.source, arguments.out, options).described(arguments.out))
+    return ExitCode.DONE
+
+
 def _data_look(arguments: Arguments) -> int:
     from mmtrain.recipe import load
     from mmtrain.run import look
@@ -211,6 +226,41 @@ def _takes_index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="a folder of MDS shards")
     parser.add_argument(
         "--tokenizer", type=Path, required=True, metavar="DIR", help="a Hugging Face folder"
+    )
+
+
+def _takes_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", type=Path, metavar="SRC", help="a JSON array of records, or one object a line"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
+    parser.add_argument(
+        "--format",
+        choices=("llava", "sharegpt", "alpaca", "videochat", "video-chatgpt", "messages"),
+        help="found out from the first records if left out",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder that names of pictures and clips are relative to; that of SRC if left out",
+    )
+    parser.add_argument(
+        "--system",
+        default="auto",
+        metavar="MESSAGE",
+        help="system message: image, video, none, a text FILE, or auto: image for one picture, "
+        "video for a clip, else none; a record's own goes before it; default: %(default)s",
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="count lengths too, as mmtrain data index"
+    )
+    parser.add_argument(
+        "--max-failures",
+        type=_part,
+        default=0.05,
+        metavar="SHARE",
+        help="share of broken records beyond which nothing is written; default: %(default)s",
     )
 
 
@@ -327,6 +377,7 @@ COMMANDS = (
     Command("plan", "stages, memory and batch on N ranks", _takes_plan, _plan),
     Command("data shapes", "write demo data: coloured shapes", _takes_shapes, _data_shapes),
     Command("data index", "count tokens and images of shards", _takes_index, _data_index),
+    Command("data chat", "conversations of a JSON as shards", _takes_chat, _data_chat),
     Command("data look", "draw packs of a recipe as pictures", _takes_look, _data_look),
     Command("sample", "write text and images with a run", _takes_sample, _sample),
     Command("evaluate", "how many held-out captions are true", _takes_evaluate, _evaluate),
@@ -390,6 +441,13 @@ def _above_zero(word: str) -> float:
     number = _number(word)
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"found {word!r}; wanted: a number above 0")
+    return number
+
+
+def _part(word: str) -> float:
+    number = _number(word)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"found {word!r}; wanted: a share from 0 to 1")
     return number
 
 
