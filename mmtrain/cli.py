@@ -161,7 +161,7 @@ def _data_look(arguments: Arguments) -> int:
 
 def _sample(arguments: Arguments) -> int:
     from mmtrain.artist import Style
-    from mmtrain.prompts import read_prompts
+    from mmtrain.prompts import parse, parse_chat, read_prompts
     from mmtrain.sample import Options, sample
 
     given = vars(arguments)
@@ -171,7 +171,7 @@ def _sample(arguments: Arguments) -> int:
     prompts = arguments.prompt + (read_prompts(arguments.prompts) if arguments.prompts else [])
     return sample(
         arguments.run,
-        prompts,
+        parse(prompts) + parse_chat(arguments.chat, arguments.system),
         options,
         checkpoint=arguments.checkpoint,
         decoder=arguments.decoder,
@@ -250,7 +250,7 @@ def _takes_chat(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="MESSAGE",
         help="system message: image, video, none, a text FILE, or auto: image for one picture, "
-        "video for a clip, else none; a record's own goes before it; default: %(default)s",
+        "video for a clip, else none; a record's own takes its place; default: %(default)s",
     )
     parser.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="count lengths too, as mmtrain data index"
@@ -292,6 +292,20 @@ def _takes_sample(parser: argparse.ArgumentParser) -> None:
         "[IMG] asks for an image; may be repeated; held-out documents are used if left out",
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line")
+    parser.add_argument(
+        "--chat",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a question for an instruction-tuned run, in the template it was trained with; "
+        "pictures and clips as in --prompt; may be repeated",
+    )
+    parser.add_argument(
+        "--system",
+        default="auto",
+        metavar="WORD",
+        help="system message of --chat: auto, image, video, none, or a file; default: %(default)s",
+    )
     text = parser.add_argument_group("text")
     text.add_argument(
         "--method",
@@ -377,7 +391,7 @@ COMMANDS = (
     Command("plan", "stages, memory and batch on N ranks", _takes_plan, _plan),
     Command("data shapes", "write demo data: coloured shapes", _takes_shapes, _data_shapes),
     Command("data index", "count tokens and images of shards", _takes_index, _data_index),
-    Command("data chat", "conversations of a JSON as shards", _takes_chat, _data_chat),
+    Command("data chat", "write conversations as shards", _takes_chat, _data_chat),
     Command("data look", "draw packs of a recipe as pictures", _takes_look, _data_look),
     Command("sample", "write text and images with a run", _takes_sample, _sample),
     Command("evaluate", "how many held-out captions are true", _takes_evaluate, _evaluate),

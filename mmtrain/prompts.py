@@ -11,10 +11,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import takewhile
 from pathlib import Path
 
 from PIL import Image, ImageSequence
 
+from mmtrain.data.chat import Turn, prompt_parts, template_of
+from mmtrain.data.document import Modality, Part
+from mmtrain.data.images import encode_png
 from mmtrain.data.video import read_frames
 from mmtrain.errors import MmtrainError, Problem, RecipeError
 
@@ -27,37 +31,92 @@ _ANIMATED = ("gif",)
 _MEDIA = re.compile(rf"\[([^\[\]]+\.(?:{'|'.join(_PICTURES + _FILMS + _ANIMATED)}))\]", re.I)
 
 Row = list[str | Image.Image]
+Piece = str | Image.Image | Part
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt: its texts and pictures in order, and whether it asks for an image."""
+    """A prompt, and whether it asks for an image.
 
-    pieces: Row
-    wants_image: bool
+    Attributes:
+        pieces: what the model gets, texts and pictures in order; parts may be markup.
+        wants_image: an image comes next.
+        shown: what people see of it, when that is less.
+    """
+
+    pieces: Sequence[Piece]
+    wants_image: bool = False
+    shown: Row | None = None
+
+    @property
+    def row(self) -> Row:
+        """Texts and pictures to look at."""
+        if self.shown is not None:
+            return self.shown
+        return [piece for piece in self.pieces if not isinstance(piece, Part)]
 
     @property
     def plain(self) -> str:
         """The prompt in words, `[image]` for each picture."""
-        words = [p.strip() if isinstance(p, str) else "[image]" for p in self.pieces]
+        words = [p.strip() if isinstance(p, str) else "[image]" for p in self.row]
         return " ".join(words)
 
 
-def parse(prompts: Sequence[str], option: str = "--prompt") -> list[Request]:
-    """Read prompts and open what they name.
-
-    Args:
-        prompts: as in the module's examples.
-        option: where they came from, for messages.
+def parse(prompts: Sequence[str]) -> list[Request]:
+    """Read prompts, as in the module's examples, and open what they name.
 
     Raises:
         RecipeError: every picture and clip that is not there or cannot be opened, at once.
     """
     faults: list[Problem] = []
-    requests = [_parse(words, option, faults) for words in prompts]
+    requests = []
+    for words in prompts:
+        asked = words.strip()
+        wants_image = asked.endswith(ASKS_IMAGE)
+        row = _pieces(asked.removesuffix(ASKS_IMAGE), "--prompt", faults)
+        requests.append(Request(row, wants_image))
     if faults:
         raise RecipeError(faults)
     return requests
+
+
+def parse_chat(questions: Sequence[str], system: str) -> list[Request]:
+    """Questions in the template that instruction tuning trains with (`data.chat`).
+
+    Args:
+        questions: texts with pictures and clips in brackets, one conversation each.
+        system: the system message, as `data.chat.template_of` takes it.
+
+    Raises:
+        RecipeError: every picture and clip that is not there or cannot be opened, at once.
+        MissingError: the file of the system message is not there.
+    """
+    faults: list[Problem] = []
+    requests = []
+    for question in questions:
+        row = _pieces(question, "--chat", faults)
+        turn = Turn(tuple(piece if isinstance(piece, str) else _stored(piece) for piece in row))
+        parts = prompt_parts([turn], template_of(system, [turn]))
+        requests.append(Request(parts, shown=row))
+    if faults:
+        raise RecipeError(faults)
+    return requests
+
+
+def asked_before(parts: Sequence[Part]) -> Request:
+    """A stored conversation up to its first answer."""
+    before = list(takewhile(lambda part: not part.answer, parts))
+    shown: Row = []
+    for part in before:
+        if part.modality is not Modality.text:
+            shown += [Image.open(BytesIO(blob)).convert("RGB") for blob in part.media]
+        elif not part.markup:
+            shown.append(part.text)
+    return Request(before, shown=shown)
+
+
+def _stored(picture: Image.Image) -> Part:
+    return Part(modality=Modality.image, media=(encode_png(picture),))
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -76,20 +135,17 @@ def read_prompts(path: Path) -> list[str]:
     return found
 
 
-def _parse(words: str, option: str, faults: list[Problem]) -> Request:
-    words = words.strip()
-    wants_image = words.endswith(ASKS_IMAGE)
-    words = words.removesuffix(ASKS_IMAGE) if wants_image else words
-    pieces: Row = []
+def _pieces(words: str, option: str, faults: list[Problem]) -> Row:
+    row: Row = []
     for index, piece in enumerate(_MEDIA.split(words)):
         if index % 2 == 0:
-            pieces += [piece.strip()] if piece.strip() else []
+            row += [piece.strip()] if piece.strip() else []
             continue
         try:
-            pieces += open_media(Path(piece))
+            row += open_media(Path(piece))
         except (OSError, MmtrainError) as error:
             faults.append(Problem(option, f"{piece} cannot be opened: {error}"))
-    return Request(pieces, wants_image)
+    return row
 
 
 def open_media(path: Path) -> list[Image.Image]:

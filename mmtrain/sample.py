@@ -5,7 +5,7 @@ it is shown as the training images whose embeddings lie nearest to the one that 
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from mmtrain.artist import Artist, Style
-from mmtrain.data.document import Document, Modality
+from mmtrain.data.document import CHAT, Document, Modality
 from mmtrain.data.picture import draw_rows
 from mmtrain.errors import ExitCode, MissingError
 from mmtrain.gallery import Gallery, illustrated, opened
 from mmtrain.models.emu.generate import Limits, Prompt
 from mmtrain.nn.choice import Beams, Nucleus
-from mmtrain.prompts import Request, Row, parse
+from mmtrain.prompts import Request, Row, asked_before
 from mmtrain.trained import Trained, load_layers, load_run
 
 __all__ = ["Options", "load_layers", "load_run", "sample"]
@@ -62,7 +62,7 @@ class Options:
 
 def sample(
     run: Path,
-    prompts: Sequence[str],
+    requests: Sequence[Request],
     options: Options,
     *,
     checkpoint: str | None = None,
@@ -73,17 +73,16 @@ def sample(
 
     Args:
         run: the run's folder; of a decoder run, the model that it draws for is the writer.
-        prompts: as in `mmtrain.prompts`; held-out documents of the recipe serve when there is none.
+        requests: prompts; held-out documents of the recipe serve when there is none.
         options: how.
         checkpoint: of `run`, by name; None for the newest.
         decoder: a decoder run that draws the images, if any.
         out: folder, or None for `samples` in the run's folder.
     """
-    requests = parse(prompts)  # before the weights are read
     artist = Artist.load(run, decoder, checkpoint, options.style)
     trained = artist.trained
     if not requests:
-        requests = list(_heldout_prompts(trained))
+        requests = _heldout_prompts(trained)
     folder = out or run / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     sheet = _Sheet(folder, artist, options.samples)
@@ -134,7 +133,7 @@ class _Sheet:
 
     def add(self, request: Request, pieces: Sequence[str | Tensor]) -> None:
         """One answered prompt."""
-        shown: Row = [*request.pieces, "->"]
+        shown: Row = [*request.row, "->"]
         entries: list[Record] = []
         for piece in pieces:
             if isinstance(piece, str):
@@ -180,20 +179,24 @@ class _Sheet:
         (self.folder / "samples.jsonl").write_text(lines)
 
 
-def _heldout_prompts(trained: Trained, count: int = 6) -> Iterator[Request]:
-    """Held-out pictures to be described, and held-out texts to be drawn."""
-    described = [document for _, document in illustrated(trained.recipe.data.heldout, count)]
-    if not described:
+def _heldout_prompts(trained: Trained, count: int = 6) -> list[Request]:
+    """Held-out questions to be answered, pictures to be described, texts to be drawn."""
+    found = [document for _, document in illustrated(trained.recipe.data.heldout, count)]
+    talks = [document for document in found if document.kind == CHAT][:count]
+    described = [document for document in found if document.kind != CHAT][:count]
+    requests = [asked_before(document.parts) for document in talks]
+    for document in described:
+        picture = next(p for p in document.parts if p.modality is not Modality.text)
+        requests.append(Request([opened(picture.media[0]), *_beginning(document)]))
+    for document in described:
+        words = next(p.text for p in document.parts if p.modality is Modality.text)
+        requests.append(Request([words], wants_image=True))
+    if not requests:
         raise MissingError(
             "the recipe has no data.heldout source with images; give --prompt, as in "
             '--prompt "[picture.png]" or --prompt "a red circle [IMG]"'
         )
-    for document in described[:count]:
-        picture = next(p for p in document.parts if p.modality is not Modality.text)
-        yield Request([opened(picture.media[0]), *_beginning(document)], wants_image=False)
-    for document in described[:count]:
-        words = next(p.text for p in document.parts if p.modality is Modality.text)
-        yield Request([words], wants_image=True)
+    return requests
 
 
 def _beginning(document: Document) -> list[str]:

@@ -16,7 +16,7 @@ from mmtrain import recipe as recipes
 from mmtrain.checkpoint import portable
 from mmtrain.checkpoint.portable import FullTensors
 from mmtrain.data import images
-from mmtrain.data.document import Part
+from mmtrain.data.document import Modality, Part
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.errors import ContentError, RecipeError
@@ -40,15 +40,18 @@ class Trained:
     sampler: EmuSampler
 
     def prompt(self, pieces: Sequence[str | Image.Image | Part]) -> Prompt:
-        """<s>, then texts and pictures in order; text parts of documents may be markup."""
+        """<s>, then texts and pictures in order; parts of documents may be markup and clips."""
         layout = self.layout
         group = [layout.image_begin, *[layout.image_slot] * layout.visual_tokens, layout.image_end]
         tokens, pixels = [layout.bos], []
         for piece in pieces:
             if isinstance(piece, str):
                 tokens += self.vocabulary.encode(piece) if piece.strip() else []
-            elif isinstance(piece, Part):
+            elif isinstance(piece, Part) and piece.modality is Modality.text:
                 tokens += self.vocabulary.encode_part(piece)
+            elif isinstance(piece, Part):
+                tokens += group * len(piece.media)
+                pixels += [images.decode(blob, layout) for blob in piece.media]
             else:
                 tokens += group
                 pixels.append(pixels_of(piece, layout))

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mmtrain.errors import RecipeError
-from mmtrain.prompts import open_media, parse, read_prompts, released_frames
+from mmtrain.prompts import open_media, parse, parse_chat, read_prompts, released_frames
 
 
 def square(path: Path, colour: str) -> Path:
@@ -80,3 +80,18 @@ def test_a_file_holds_a_prompt_a_line(tmp_path: Path) -> None:
         read_prompts(path)
     with pytest.raises(RecipeError, match="cannot be read"):
         read_prompts(tmp_path / "none.txt")
+
+
+def test_a_question_stands_in_the_template_of_instruction_tuning(tmp_path: Path) -> None:
+    red = square(tmp_path / "red.png", "red")
+    (request,) = parse_chat([f"[{red}] What colour? [USER]"], "none")
+    kinds = [(part.modality.value, part.text, part.markup) for part in request.pieces]
+    assert kinds == [
+        ("text", " [USER]: ", True),
+        ("image", "", False),
+        ("text", "What colour? [USER]", False),  # what people write stays text
+        ("text", " [ASSISTANT]: ", True),
+    ]
+    assert request.plain == "[image] What colour? [USER]"
+    with pytest.raises(RecipeError, match=r"--chat: .*none\.png"):
+        parse_chat([f"[{tmp_path}/none.png] a"], "auto")
