@@ -212,6 +212,7 @@ class Assembler:
                 sample_ids=tuple(name for pack in packs for name in pack.sample_ids),
                 tokens=int((fields["tokens"] != self.layout.pad).sum()),
                 images=len(begins),
+                slots=total,
             ),
         )
 

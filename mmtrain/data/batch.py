@@ -32,6 +32,7 @@ class BatchInfo:
     sample_ids: tuple[str, ...]
     tokens: int  # real tokens, padding not counted
     images: int  # real images, dummies not counted
+    slots: int  # positions, padding included
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ without replay. Worker processes only read and decode; the plan lives in the ran
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mmtrain.data.assemble import Assembler, Failure
-from mmtrain.data.batch import Batch
+from mmtrain.data.assemble import Failure
 from mmtrain.data.pack import Mark, PackPlan, Plan
 from mmtrain.errors import ContentError, Problem, RecipeError, StorageError
 
@@ -24,26 +23,35 @@ log = logging.getLogger(__name__)
 
 _JUDGED_DOCUMENTS = 1000  # the share of failures is judged over at least so many documents
 _Work = tuple[PackPlan, ...]
-_Result = tuple[Batch, tuple[Failure, ...], int]
+Made = TypeVar("Made")  # a micro-batch: `Batch`, or what becomes one in the rank
+Made_co = TypeVar("Made_co", covariant=True)
+_Result = tuple[Made, tuple[Failure, ...], int]
 
 
-class _Bench(Dataset[_Result]):
+class Assembles(Protocol[Made_co]):
+    """What makes micro-batches; copied into worker processes."""
+
+    def batch(self, plans: Sequence[PackPlan]) -> tuple[Made_co, tuple[Failure, ...], int]:
+        """A micro-batch of some packs, what failed, and how many documents were planned."""
+
+
+class _Bench(Dataset[_Result[Made]], Generic[Made]):
     """What a worker process does: packs in, micro-batch out."""
 
-    def __init__(self, assembler: Assembler) -> None:
+    def __init__(self, assembler: Assembles[Made]) -> None:
         self._assembler = assembler
 
-    def __getitem__(self, work: _Work) -> _Result:
+    def __getitem__(self, work: _Work) -> _Result[Made]:
         return self._assembler.batch(work)
 
 
-class Loader:
+class Loader(Generic[Made]):
     """Micro-batches of one data rank, step by step."""
 
     def __init__(
         self,
         plan: Plan,
-        assembler: Assembler,
+        assembler: Assembles[Made],
         *,
         global_batch_packs: int,
         micro_batch_packs: int,
@@ -89,7 +97,7 @@ class Loader:
         self._rank, self._share = data_rank, global_batch_packs // data_ranks
         self._workers, self._timeout_seconds = workers, timeout_seconds
         self._decode_failures = decode_failures
-        self._results: Iterator[_Result] | None = None
+        self._results: Iterator[_Result[Made]] | None = None
 
     @property
     def micro_batches(self) -> int:
@@ -104,7 +112,7 @@ class Loader:
             for start in range(first, first + self._share, self._micro)
         ]
 
-    def step(self, number: int) -> list[Batch]:
+    def step(self, number: int) -> list[Made]:
         """The micro-batches of step `number`; cheap when steps follow each other.
 
         Raises:
@@ -118,7 +126,7 @@ class Loader:
         self.next_step = number + 1
         return batches
 
-    def steps(self) -> Iterator[list[Batch]]:
+    def steps(self) -> Iterator[list[Made]]:
         """Steps from `start_step` (or the one after the last `step`) on, without end."""
         while True:
             yield self.step(self.next_step)
@@ -131,7 +139,7 @@ class Loader:
         """End the worker processes."""
         self._results = None
 
-    def _start(self, step: int) -> Iterator[_Result]:
+    def _start(self, step: int) -> Iterator[_Result[Made]]:
         return _results(self.assembler, self._work(step), self._workers, self._timeout_seconds)
 
     def _work(self, step: int) -> Iterator[_Work]:
@@ -140,7 +148,7 @@ class Loader:
                 yield tuple(self.plan.pack(number) for number in numbers)
             step += 1
 
-    def _next(self) -> Batch:
+    def _next(self) -> Made:
         assert self._results is not None
         batch, failures, documents = _take(self._results)
         self.documents += documents
@@ -166,7 +174,7 @@ class Loader:
 
 def heldout_batches(
     plan: Plan,
-    assembler: Assembler,
+    assembler: Assembles[Made],
     *,
     packs: int,
     micro_batch_packs: int,
@@ -174,7 +182,7 @@ def heldout_batches(
     data_ranks: int = 1,
     workers: int = 0,
     timeout_seconds: float = 120.0,
-) -> Iterator[Batch]:
+) -> Iterator[Made]:
     """Packs 0 .. n - 1 of a held-out plan, n = min(packs, what the plan has).
 
     Every data rank yields the same number of micro-batches; those past the end hold padding
@@ -211,7 +219,7 @@ def heldout_batches(
         yield batch
 
 
-def _take(results: Iterator[_Result]) -> _Result:
+def _take(results: Iterator[_Result[Made]]) -> _Result[Made]:
     """The next result; a worker that died or hangs is a fault of the machine, worth a retry."""
     try:
         return next(results)
@@ -222,8 +230,8 @@ def _take(results: Iterator[_Result]) -> _Result:
 
 
 def _results(
-    assembler: Assembler, work: Iterator[_Work], workers: int, timeout_seconds: float
-) -> Iterator[_Result]:
+    assembler: Assembles[Made], work: Iterator[_Work], workers: int, timeout_seconds: float
+) -> Iterator[_Result[Made]]:
     loader: DataLoader[Any] = DataLoader(
         _Bench(assembler),
         sampler=_Once(work),

@@ -192,7 +192,16 @@ class Plan:
         if window in self._windows:
             self._windows.move_to_end(window)
             return self._windows[window]
-        documents = self._select(window)
+        packs = self._arrange(self._select(window), window)
+        self._windows[window] = packs
+        if len(self._windows) > _KEPT_WINDOWS:
+            self._windows.popitem(last=False)
+        return packs
+
+    def _arrange(
+        self, documents: list[PlannedDocument], window: int
+    ) -> list[tuple[PlannedDocument, ...]]:
+        """The packs of a window's documents, in their order of training."""
         packs = [
             tuple(documents[index] for index in pack)
             for pack in fit(
@@ -202,11 +211,7 @@ class Plan:
             )
         ]
         draw = Draw(self._seed, "window", window)
-        packs = [packs[index] for index in _shuffled(len(packs), draw)]
-        self._windows[window] = packs
-        if len(self._windows) > _KEPT_WINDOWS:
-            self._windows.popitem(last=False)
-        return packs
+        return [packs[index] for index in _shuffled(len(packs), draw)]
 
     def _select(self, window: int) -> list[PlannedDocument]:
         start = window * self._window_documents

@@ -114,8 +114,8 @@ class Tally:
         """Count tokens and images on one rank of each data rank."""
         for batch in batches:
             info = batch.info
-            slots = batch.inputs.fields["tokens"].shape[0]
-            self.facts += torch.tensor([info.tokens, info.images, len(info.sample_ids), slots])
+            documents = len(info.sample_ids)
+            self.facts += torch.tensor([info.tokens, info.images, documents, info.slots])
 
     def sum_over_world(self, mesh: Mesh) -> None:
         """Add up all ranks; each count must have been made on one rank only."""
