@@ -15,11 +15,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from mmtrain.checkpoint.names import Dropped, Elsewhere, NameMap, Rule
+from mmtrain.checkpoint.names import Dropped, Elsewhere, Fused, NameMap, Rule, Same
 from mmtrain.checkpoint.tensorfile import TensorInfo, info_of
 from mmtrain.convert.recognise import kind_of
 from mmtrain.convert.sources import Source
 from mmtrain.errors import ContentError
+from mmtrain.nn.lora import adapted_weights, merge
 
 SHOWN_FAULTS = 12
 
@@ -141,7 +142,7 @@ class Draft:
                 self.left_out.append(LeftOut(name, info, found[0].reason, kept))
             else:
                 self._read_by(name, *found)
-        self._unknown(unknown)
+        self.unknown(unknown)
         return self
 
     def _read_by(self, name: str, rule: Rule, parts: tuple[str, ...]) -> None:
@@ -155,7 +156,51 @@ class Draft:
             how = f"part {number + 1} of {len(parts)}" if len(parts) > 1 else ""
             self.add(Made(part, info_of(meta), make, (name,), how))
 
-    def _unknown(self, names: list[str]) -> None:
+    def write(self, names: NameMap) -> "Draft":
+        """Map canonical tensors, all of a source, to the names of a release."""
+        infos = self.source.infos
+        for name in infos:
+            found = names.writing(name)
+            if found is None:
+                self.faults.append(f"{name} ({infos[name]}): {names.release} has no name for it")
+                continue
+            target, rule, parts = found
+            missing = [part for part in parts if part not in infos]
+            self.faults += [f"{part}: missing, {target} needs it beside {name}" for part in missing]
+            if not missing and target not in self.made:
+                self._write_by(target, rule, parts)
+        return self
+
+    def _write_by(self, target: str, rule: Same | Fused, parts: tuple[str, ...]) -> None:
+        def make() -> Tensor:
+            return rule.write(tuple(self.source.get(part) for part in parts))
+
+        info = info_of(rule.write(tuple(self.source.infos[part].meta() for part in parts)))
+        how = f"{len(parts)} joined" if len(parts) > 1 else ""
+        self.add(Made(target, info, make, parts, how))
+
+    def merge_adapters(self, scale: float) -> None:
+        """Fold every adapter among the canonical targets into the weight beside it."""
+        for base, (a, b) in adapted_weights(self.made).items():
+            missing = [name for name in (base, a, b) if name not in self.made]
+            if missing:
+                self.faults.append(f"{base}: cannot be merged, {', '.join(missing)} missing")
+                continue
+            trio = [self.made.pop(name) for name in (base, a, b)]
+
+            def make(trio: list[Made] = trio) -> Tensor:
+                weight, down, up = (part.make() for part in trio)
+                return merge(weight, down, up, scale)
+
+            sources = tuple(name for part in trio for name in part.sources)
+            self.add(Made(base, trio[0].info, make, sources, f"W + {scale:g} B A"))
+
+    def unknown(self, names: list[str]) -> None:
+        """Tensors of the source that have no place.
+
+        Raises:
+            ContentError: none has; the source is something else.
+        """
         if names and len(names) == len(self.source.infos):
             looks = kind_of(self.source.infos)
             hint = f"; it looks like {looks}" if looks else ""
@@ -174,6 +219,10 @@ class Draft:
             first = ", ".join(self.made[made.target].sources)
             self.faults.append(f"{', '.join(made.sources)}: is {made.target}, and so is {first}")
         self.made[made.target] = made
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Leave a tensor of the source out, and do not keep it."""
+        self.left_out.append(LeftOut(name, self.source.infos[name], reason, kept=False))
 
     def require(
         self, expected: Mapping[str, tuple[int, ...]], named: Callable[[str], str | None]
