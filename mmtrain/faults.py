@@ -8,6 +8,7 @@ import math
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+from mmtrain import evaluation_faults
 from mmtrain.data.lengths import folder_name
 from mmtrain.data.rules import Rule
 from mmtrain.data.vocabulary import ASSISTANT, USER, load_vocabulary
@@ -65,7 +66,7 @@ def problems(recipe: Recipe, spec: ModelSpec, world_size: int | None = None) -> 
                 "given without train.initialize_from; there are no rows to make new ones of",
             )
         )
-    return [*found, *_losses(recipe, spec), *_sources(recipe)]
+    return [*found, *_losses(recipe, spec), *_sources(recipe), *evaluation_faults.problems(recipe)]
 
 
 def _numbers(recipe: Recipe) -> Iterator[Problem]:
@@ -336,3 +337,4 @@ def missing_files(recipe: Recipe, spec: ModelSpec) -> Iterator[Problem]:
     start = recipe.train.initialize_from
     if start is not None and not Path(start).exists():
         yield Problem("train.initialize_from", f"there is no folder {start}")
+    yield from evaluation_faults.missing_files(recipe)

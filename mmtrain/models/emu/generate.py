@@ -151,7 +151,7 @@ class EmuSampler:
 
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> Tensor:
-        """Mean of the vision tower's tokens `[n, C]` of images `[n, 3, H, W]`: how alike they are."""
+        """Mean token of the vision tower `[n, C]` of images `[n, 3, H, W]`: how alike they are."""
         flow = Flow(pixels.to(self.device), {})
         for layer in self._tower:
             flow = layer(flow)
