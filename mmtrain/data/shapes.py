@@ -1,6 +1,6 @@
 """Demo data: a world of coloured shapes with captions whose truth can be computed.
 
-`write_shapes` draws four kinds of documents as separate sources, held-out splits of each (plus
+`write_shapes` draws six kinds of documents as separate sources, held-out splits of each (plus
 `novel`: colours and shapes that training never pairs), and a tokenizer trained on the grammar:
 
     OUT/captions   pictures with one sentence (six categories)
@@ -8,7 +8,8 @@
     OUT/clips      8 frames and a sentence
     OUT/boards     frames and subtitles on one time line
     OUT/text       sentences alone
-    OUT/heldout/{captions,pages,clips,boards,text,novel}
+    OUT/chat       questions and answers about a picture, or without one
+    OUT/heldout/{captions,pages,clips,boards,text,novel,chat}
     OUT/tokenizer  a Hugging Face folder
 
 Every document is a pure function of (seed, split, kind, number). Cost: 1.3 ms a document.
@@ -18,14 +19,15 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
+from mmtrain.data.chat import Content, Template, Turn, chat_document
 from mmtrain.data.document import Document, Modality, Part
 from mmtrain.data.images import encode_png
 from mmtrain.data.rules import Draw
-from mmtrain.data.shapes_text import Category, article, caption, judge, remark
+from mmtrain.data.shapes_chat import converse, judge_answer
+from mmtrain.data.shapes_text import Category, article, caption, judge, remark, scene
 from mmtrain.data.shapes_tokenizer import write_tokenizer
 from mmtrain.data.shapes_world import (
     DIRECTIONS,
@@ -33,9 +35,7 @@ from mmtrain.data.shapes_world import (
     SIDE,
     Kind,
     alone,
-    apart,
     choose_kinds,
-    crowd,
     ground,
     kinds,
     moved,
@@ -46,10 +46,11 @@ from mmtrain.data.shards import build_index, temporary_folder, write_shards
 from mmtrain.data.vocabulary import load_vocabulary
 from mmtrain.errors import ContentError
 
-__all__ = ["SHARES", "Category", "ShapesReport", "judge", "write_shapes"]
+__all__ = ["SHARES", "Category", "ShapesReport", "judge", "judge_answer", "write_shapes"]
 
 # share of the documents of each training source
 SHARES = {"captions": 0.6, "pages": 0.12, "clips": 0.1, "boards": 0.06, "text": 0.12}
+CHAT_SHARE = 0.25  # conversations for each of those documents, on top of them
 HELDOUT_SHARE = 8  # a held-out source has one document for so many of training
 CLIP_FRAMES = 8
 FEWEST = 24  # documents; below, a source would be empty
@@ -71,7 +72,8 @@ def write_shapes(out: Path, documents: int, seed: int) -> ShapesReport:
 
     Args:
         out: folder to make; must not exist.
-        documents: training documents over all kinds, at least 24; held-out ones come on top.
+        documents: training documents over all kinds but conversations, at least 24; those and
+            held-out ones come on top.
         seed: of everything random.
 
     Raises:
@@ -88,18 +90,18 @@ def _write(partial: Path, out: Path, counts: dict[str, int], seed: int) -> Shape
     tokenizer = partial / "tokenizer"
     write_tokenizer(tokenizer)
     vocabulary = load_vocabulary(tokenizer)
-    seen: set[bytes] = set()  # pictures of training; a held-out document shows none of them
+    # pictures of training, and held-out ones; neither shows one of the other
+    shown: dict[bool, set[bytes]] = {False: set(), True: set()}
     images = 0
     for source, count in counts.items():
         folder, kind = partial / source, source.rpartition("/")[2]
-        fresh = seen if source.startswith("heldout/") else frozenset[bytes]()
+        heldout = source.startswith("heldout/")
         with write_shards(folder, shard_bytes=_SHARD_BYTES) as writer:
-            for document in _documents(seed, source, kind, count, fresh):
+            for document in _documents(seed, source, kind, count, shown[not heldout]):
                 writer.write(document)
                 blobs = [blob for part in document.parts for blob in part.media]
                 images += len(blobs)
-                if not source.startswith("heldout/"):
-                    seen.update(map(_digest, blobs))
+                shown[heldout].update(map(_digest, blobs))
         build_index(folder, vocabulary)
     return ShapesReport(out, out / "tokenizer", counts, images)
 
@@ -108,11 +110,19 @@ def _counts(documents: int) -> dict[str, int]:
     counts = {kind: max(int(documents * share), 1) for kind, share in SHARES.items()}
     counts["captions"] += documents - sum(counts.values())
     held = {f"heldout/{kind}": max(n // HELDOUT_SHARE, 6) for kind, n in counts.items()}
-    return counts | held | {"heldout/novel": held["heldout/captions"]}
+    chats = max(int(documents * CHAT_SHARE), 6)
+    # conversations last: what came before them keeps its bytes
+    return {
+        **counts,
+        **held,
+        "heldout/novel": held["heldout/captions"],
+        "chat": chats,
+        "heldout/chat": max(chats // HELDOUT_SHARE, 6),
+    }
 
 
 def _documents(
-    seed: int, source: str, kind: str, count: int, seen: set[bytes] | frozenset[bytes]
+    seed: int, source: str, kind: str, count: int, seen: set[bytes]
 ) -> Iterator[Document]:
     make = _MAKERS[kind]
     for number in range(count):
@@ -139,24 +149,11 @@ def _novel(draw: Draw, name: str, number: int) -> Document:
 
 
 def _captioned(draw: Draw, name: str, category: Category, allowed: Sequence[Kind]) -> Document:
-    objects = _scene(draw, category, allowed)
+    objects = scene(draw, category, allowed)
     text, prompt = caption(category, objects)
     facts = {"category": category.value, "objects": objects, "caption": text, "prompt": prompt}
     parts = (_image(picture(draw, objects)), _text(text))
     return Document(sample_id=name, kind="caption", parts=parts, meta=facts)
-
-
-def _scene(draw: Draw, category: Category, allowed: Sequence[Kind]) -> list[dict[str, Any]]:
-    match category:
-        case Category.single | Category.colour:
-            return alone(draw, choose_kinds(draw, 1, allowed)[0])
-        case Category.counting:
-            return crowd(draw, choose_kinds(draw, 1, allowed)[0], 2 + draw.below(3))
-        case Category.two | Category.position:
-            return apart(draw, choose_kinds(draw, 2, allowed), ("medium", "medium"))
-        case Category.binding:
-            sizes = ("small", "large") if draw.chance(0.5) else ("large", "small")
-            return apart(draw, choose_kinds(draw, 2, allowed), sizes)
 
 
 def _page(draw: Draw, name: str, number: int) -> Document:
@@ -210,6 +207,18 @@ def _sentences(draw: Draw, name: str, number: int) -> Document:
     return Document(sample_id=name, kind="text", parts=(_text(remark(draw, kinds())),))
 
 
+def _conversation(draw: Draw, name: str, number: int) -> Document:
+    dialogue = converse(draw, number)
+    content: tuple[Content, ...] = ()
+    if dialogue.objects:
+        content = (_image(picture(draw, dialogue.objects)),)
+    turns = [
+        Turn((*content, said.question) if index == 0 else (said.question,), (said.answer,))
+        for index, said in enumerate(dialogue.said)
+    ]
+    return chat_document(name, turns, Template(), dialogue.facts)
+
+
 _MAKERS: dict[str, Callable[[Draw, str, int], Document]] = {
     "captions": _caption,
     "novel": _novel,
@@ -217,6 +226,7 @@ _MAKERS: dict[str, Callable[[Draw, str, int], Document]] = {
     "clips": _clip,
     "boards": _board,
     "text": _sentences,
+    "chat": _conversation,
 }
 
 

@@ -14,19 +14,32 @@ The grammar, in lower case without punctuation (THING = [SIZE] COLOUR SHAPE):
 import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from typing import Any
 
 from mmtrain.data.rules import Draw
-from mmtrain.data.shapes_world import COLOURS, DIRECTIONS, MARGIN, RADII, SHAPES, Facts
+from mmtrain.data.shapes_world import (
+    COLOURS,
+    DIRECTIONS,
+    MARGIN,
+    RADII,
+    SHAPES,
+    Facts,
+    Kind,
+    alone,
+    apart,
+    choose_kinds,
+    crowd,
+)
 
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
 RELATIONS = ("left of", "right of", "above", "below")
-_CORNERS = {
+CORNERS = {
     "circle": "no",
     "square": "four",
     "triangle": "three",
     "cross": "twelve",
 }
-_OPPOSITES = (("left", "right"), ("above", "below"), ("up", "down"), ("small", "large"))
+OPPOSITES = (("left", "right"), ("above", "below"), ("up", "down"), ("small", "large"))
 
 
 class Category(Enum):
@@ -78,6 +91,20 @@ def caption(category: Category, objects: Sequence[Facts]) -> tuple[str, str]:
         case Category.position:
             other = f"{objects[1]['colour']} {objects[1]['shape']}"
             return f"the {name} is {relation(*objects)} the {other}", f"the {name} is"
+
+
+def scene(draw: Draw, category: Category, allowed: Sequence[Kind]) -> list[dict[str, Any]]:
+    """Objects that a sentence of a category can be about."""
+    match category:
+        case Category.single | Category.colour:
+            return alone(draw, choose_kinds(draw, 1, allowed)[0])
+        case Category.counting:
+            return crowd(draw, choose_kinds(draw, 1, allowed)[0], 2 + draw.below(3))
+        case Category.two | Category.position:
+            return apart(draw, choose_kinds(draw, 2, allowed), ("medium", "medium"))
+        case Category.binding:
+            sizes = ("small", "large") if draw.chance(0.5) else ("large", "small")
+            return apart(draw, choose_kinds(draw, 2, allowed), sizes)
 
 
 _COLOUR, _SHAPE = "|".join(COLOURS), "|".join(SHAPES)
@@ -166,9 +193,9 @@ def _remark(draw: Draw, kinds: Sequence[tuple[str, str]]) -> str:
     (colour, shape), (other_colour, other_shape) = (kinds[draw.below(len(kinds))] for _ in "ab")
     match draw.below(5):
         case 0:
-            return f"{article(shape)} has {_CORNERS[shape]} corners"
+            return f"{article(shape)} has {CORNERS[shape]} corners"
         case 1:
-            one, other = _OPPOSITES[draw.below(len(_OPPOSITES))]
+            one, other = OPPOSITES[draw.below(len(OPPOSITES))]
             return f"{one} is the opposite of {other}"
         case 2:
             words = list(NUMBERS)

@@ -2,9 +2,11 @@
 
 It has the form of LLaMA's (a word mark in front of every word, `<unk> <s> </s>`) and the special
 tokens of the Emu release. The corpus is the grammar itself with a fixed seed, so the vocabulary
-is the same for every data set and a recipe can state its size.
+is the same for every data set and a recipe can state its size. Words and marks of conversations
+come after all others, as whole words: ids of what was there before them stay what they were.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +16,14 @@ from transformers import PreTrainedTokenizerFast
 from mmtrain.data.rules import Draw
 from mmtrain.data.shapes_text import RELATIONS, article, plural, remark
 from mmtrain.data.shapes_world import COLOURS, DIRECTIONS, RADII, SHAPES, kinds
+from mmtrain.data.vocabulary import ASSISTANT, USER
 
 SPECIAL = ("<unk>", "<s>", "</s>", "[PAD]", "[IMG]", "[/IMG]", "<image>")
-SIZE = 192  # tokens, special ones included
+_LEARNT = 192  # tokens of byte-pair encoding, the special ones above included
+_SPOKEN = ("describe", "picture", "shape", "size", "where", "are", "there", "yes", "do")
+_WORD_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
+_ADDED = (":", *(_WORD_MARK + word for word in (":", *_SPOKEN)))
+SIZE = _LEARNT + len(_ADDED) + 2  # with [USER] and [ASSISTANT]
 _SENTENCES = 4000
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,?"
 
@@ -28,23 +35,33 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     trainer = trainers.BpeTrainer(
-        vocab_size=SIZE,
+        vocab_size=_LEARNT,
         special_tokens=list(SPECIAL),
         initial_alphabet=list(_ALPHABET),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_corpus(), trainer)
-    assert tokenizer.get_vocab_size() == SIZE, tokenizer.get_vocab_size()
+    assert tokenizer.get_vocab_size() == _LEARNT, tokenizer.get_vocab_size()
     whole = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=_with_words(tokenizer),
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
         pad_token="[PAD]",
-        additional_special_tokens=list(SPECIAL[4:]),
+        additional_special_tokens=[*SPECIAL[4:], USER, ASSISTANT],
         clean_up_tokenization_spaces=False,
     )
+    assert len(whole) == SIZE, len(whole)
     whole.save_pretrained(str(folder))
+
+
+def _with_words(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with whole words that no merges lead to."""
+    stored = json.loads(tokenizer.to_str())
+    model = stored["model"]
+    model["vocab"] |= {word: _LEARNT + number for number, word in enumerate(_ADDED)}
+    model["ignore_merges"] = True  # a word of the vocabulary is taken as it is
+    return Tokenizer.from_str(json.dumps(stored))
 
 
 def _corpus() -> Iterator[str]:

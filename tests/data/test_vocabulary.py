@@ -19,8 +19,8 @@ def test_special_tokens_have_the_names_of_the_release(vocabulary: Vocabulary) ->
 
 
 def test_missing_special_tokens_are_all_named_with_the_way_out(vocabulary: Vocabulary) -> None:
-    with pytest.raises(ContentError, match=r"lacks .*'\[USER\]', '\[ASSISTANT\]'.*add_special"):
-        vocabulary.require(["<s>", "[USER]", "[ASSISTANT]"])
+    with pytest.raises(ContentError, match=r"lacks .*'\[VIDEO\]', '\[gIMG\]'.*add_special"):
+        vocabulary.require(["<s>", "[VIDEO]", "[gIMG]"])
 
 
 def test_plain_text_never_becomes_a_special_token(vocabulary: Vocabulary) -> None:
