@@ -44,6 +44,11 @@ def decode(blob: bytes, layout: SequenceFormat) -> Tensor:
     return normalise(picture, layout)
 
 
+def open_picture(blob: bytes) -> Image.Image:
+    """Decode to an RGB picture of its own size; raises DecodeError exactly when `decode` does."""
+    return _open(blob)
+
+
 def check(blob: bytes) -> None:
     """Decode and throw away: raises DecodeError exactly when `decode` does."""
     _open(blob)

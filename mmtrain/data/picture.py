@@ -70,26 +70,30 @@ def draw_rows(
 def contents(
     batch: Batch, vocabulary: Vocabulary, layout: SequenceFormat
 ) -> Iterator[list[str | Image.Image]]:
-    """Text and images of every document of a batch, in order."""
+    """Text and images of every document of a batch, in order.
+
+    Where a document is not learnt throughout, as conversations are not, the words that are learnt
+    come as `Learnt`.
+    """
     fields = {name: field.tolist() for name, field in batch.inputs.fields.items()}
+    weights = batch.targets.weights["text"].tolist()
     slots = fields["slots"][:: layout.visual_tokens]
-    image_of = {row: index for index, row in enumerate(slots) if row < len(fields["tokens"])}
-    content: list[str | Image.Image] = []
-    words: list[int] = []
-    for row, token in enumerate(fields["tokens"]):
-        if token in (layout.image_slot, layout.image_end, layout.bos):
-            continue
-        if token == layout.image_begin or token == layout.eos:
-            if words:
-                content.append(vocabulary.decode(words))
-            words = []
-            if token == layout.eos:
-                yield content
-                content = []
-            else:
-                content.append(to_picture(batch.inputs.hidden[image_of[row + 1]], layout))
-        elif token != layout.pad:
-            words.append(token)
+    image_at = {row - 1: index for index, row in enumerate(slots) if row <= len(fields["tokens"])}
+    starts = [row for row, token in enumerate(fields["tokens"]) if token == layout.bos]
+    for start, stop in zip(starts, [*starts[1:], len(fields["tokens"])], strict=True):
+        content: list[str | Image.Image] = []
+        words: list[_Word] = []
+        row = start + 1
+        while row < stop and fields["tokens"][row] != layout.pad:
+            if row in image_at:
+                content += [*_runs(words, vocabulary)]
+                content.append(to_picture(batch.inputs.hidden[image_at[row]], layout))
+                words = []
+                row += layout.group_length
+                continue
+            words.append(_Word(fields["tokens"][row], weights[row - 1] > 0))
+            row += 1
+        yield [*content, *_runs(words, vocabulary)]
 
 
 def _draw_document(

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,26 +156,30 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-class Shards:
-    """Random access to the documents of a local or remote dataset.
+class Rows:
+    """Random access to the rows of a local or remote MDS dataset.
 
     A shard is fetched and checked when it is first needed, once per process. Safe to hand to
     worker processes: it holds paths, no open files. The cache of a remote dataset keeps the index
     it was begun with: a dataset never changes, a new one has a new name.
     """
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, columns: Mapping[str, str]) -> None:
         """Read and check the index.
+
+        Args:
+            folder: where the files are.
+            columns: name and encoding of each column.
 
         Raises:
             MissingError: there is no index.
-            ContentError: the index is no index of documents.
+            ContentError: the index is of other rows.
         """
         self.folder = folder
         text = _read_index(folder)
         self.dataset = get_hash(HASH, text)  # identity of the dataset
         try:
-            self._shards = [_reader(folder, entry) for entry in json.loads(text)["shards"]]
+            self._shards = [_reader(folder, e, columns) for e in json.loads(text)["shards"]]
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             place = folder.local / INDEX
             raise ContentError(
@@ -186,11 +190,11 @@ class Shards:
         self._checked: set[int] = set()
 
     def __len__(self) -> int:
-        """Documents."""
+        """Rows."""
         return sum(self.shard_sizes)
 
-    def document(self, number: int) -> Document:
-        """The document `number` in stored order, 0 <= number < len.
+    def row(self, number: int) -> dict[str, Any]:
+        """The row `number` in stored order, 0 <= number < len.
 
         Raises:
             MissingError, ContentError, StorageError: its shard is missing, damaged, unreadable.
@@ -203,7 +207,8 @@ class Shards:
         shard, row = self._spanner[number]
         if shard not in self._checked:
             self._prepare(shard)
-        return from_row(self._shards[shard][row])
+        found: dict[str, Any] = self._shards[shard][row]
+        return found
 
     def _prepare(self, shard: int) -> None:
         reader = self._shards[shard]
@@ -226,6 +231,32 @@ class Shards:
         arriving = path.with_name(f".{path.name}.{os.getpid()}.arriving")
         arriving.write_bytes(content)
         os.replace(arriving, path)
+
+
+class Shards(Rows):
+    """Random access to the documents of a local or remote dataset."""
+
+    def __init__(self, folder: Folder) -> None:
+        """Read and check the index.
+
+        Raises:
+            MissingError: there is no index.
+            ContentError: the index is no index of documents.
+        """
+        super().__init__(folder, COLUMNS)
+
+    def document(self, number: int) -> Document:
+        """The document `number` in stored order, 0 <= number < len.
+
+        Raises:
+            MissingError, ContentError, StorageError: its shard is missing, damaged, unreadable.
+        """
+        return from_row(self.row(number))
+
+
+def open_rows(path: Path, columns: Mapping[str, str]) -> Rows:
+    """Open a local dataset of other rows than documents."""
+    return Rows(Folder(local=path, remote=None), columns)
 
 
 def open_shards(path: Path, remote: str | None = None) -> Shards:
@@ -319,14 +350,14 @@ def _read_index(folder: Folder) -> bytes:
         ) from error
 
 
-def _reader(folder: Folder, entry: dict[str, Any]) -> Any:
+def _reader(folder: Folder, entry: dict[str, Any], columns: Mapping[str, str]) -> Any:
     for key in ("raw_data", "zip_data"):
         if entry.get(key):
             safe_name(entry[key]["basename"])
     found = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
-    if found != COLUMNS:
+    if found != columns:
         raise ContentError(
-            f"{folder.local / INDEX} holds columns {found}, documents have {COLUMNS}; "
+            f"{folder.local / INDEX} holds columns {found}, wanted are {dict(columns)}; "
             "convert the dataset with `write_shards`"
         )
     return reader_from_json(str(folder.local), None, entry)

@@ -106,7 +106,7 @@ class Vae:
         Both are for scaled latents: `draw` and `mode` need no scale.
         """
         parts = []
-        for chunk in pixels.split(_BATCH):
+        for chunk in torch.split(pixels, _BATCH):
             found = self._model.encode(chunk.to(self.device, self._model.dtype)).latent_dist
             scale = torch.tensor(self.facts.scale, device=self.device)
             mean, spread = found.mean * scale, found.logvar + 2 * scale.log()
@@ -120,7 +120,7 @@ class Vae:
             self._model.decode(
                 chunk.to(self.device, self._model.dtype) / self.facts.scale, return_dict=False
             )[0].float()
-            for chunk in latents.split(_BATCH)
+            for chunk in torch.split(latents, _BATCH)
         ]
         return torch.cat(parts)
 

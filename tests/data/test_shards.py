@@ -173,7 +173,7 @@ def test_what_is_no_dataset_is_said_to_be_none(tmp_path: Path) -> None:
 def test_another_project_s_columns_are_refused(tmp_path: Path) -> None:
     with MDSWriter(columns={"text": "str"}, out=str(tmp_path / "other")) as writer:
         writer.write({"text": "a"})
-    with pytest.raises(ContentError, match=r"holds columns \{'text': 'str'\}, documents have"):
+    with pytest.raises(ContentError, match=r"holds columns \{'text': 'str'\}, wanted are"):
         open_shards(tmp_path / "other")
 
 

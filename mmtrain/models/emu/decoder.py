@@ -66,7 +66,7 @@ class DecoderUNet(UNet2DConditionModel):  # type: ignore[misc]
         """
         noisy, wanted = flow.hidden.chunk(2, 1)
         assert flow.carried is not None
-        conditions_NQD = flow.carried.unflatten(0, (len(noisy), -1))
+        conditions_NQD = flow.carried.view(len(noisy), -1, flow.carried.shape[-1])
         answer = self.predict(noisy, flow.fields["timesteps"], conditions_NQD)
         return {LOSS: (answer.float() - wanted.float()).square().mean((1, 2, 3))}
 
@@ -151,8 +151,8 @@ def _sample_flops(config: UNetConfig) -> float:
     """
     found: list[int] = []
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append(output.numel() * math.prod(module.weight.shape[1:]))  # type: ignore[operator]
+    def count(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found.append(output.numel() * math.prod(module.weight.shape[1:]))
 
     def count_attention(module: Any, inputs: tuple[Tensor, ...], told: Any, output: Tensor) -> None:
         rows = inputs[0]

@@ -100,7 +100,7 @@ class Solving:
         drawer = self.drawer
         limit = 1.0 if drawer.vae is None else None
         solver = Diffusion(drawer.config).solver(self.scheduler, self.steps, limit)
-        x = noise.to(drawer.device) * solver.init_noise_sigma
+        x: Tensor = noise.to(drawer.device) * solver.init_noise_sigma
         guided = self.guidance != 1.0
         conditions = conditions if guided else conditions[: len(x)]
         for timestep in solver.timesteps:
