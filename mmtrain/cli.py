@@ -180,15 +180,27 @@ def _sample(arguments: Arguments) -> int:
 
 
 def _evaluate(arguments: Arguments) -> int:
-    from mmtrain.evaluate.captions import evaluate
+    from mmtrain.evaluate.session import assign, evaluate, watch
 
-    return evaluate(arguments.run, arguments.checkpoint, arguments.documents)
+    assignment = assign(
+        arguments.run,
+        overrides=arguments.overrides,
+        only=arguments.task,
+        documents=arguments.documents,
+        decoder=arguments.decoder,
+    )
+    return watch(assignment) if arguments.watch else evaluate(assignment, arguments.checkpoint)
 
 
 def _convert(arguments: Arguments) -> int:
-    from mmtrain.run import convert
+    from mmtrain.convert.release import Adapters
+    from mmtrain.export import export_release, export_tensors
 
-    return convert(arguments.run, arguments.checkpoint, arguments.out)
+    run, checkpoint, out = arguments.run, arguments.checkpoint, arguments.out
+    if arguments.form is None:
+        return export_tensors(run, checkpoint, out)
+    adapters = Adapters.merge if arguments.merge_lora else Adapters.keep
+    return export_release(run, checkpoint, out, arguments.form, adapters)
 
 
 def _takes_recipe(parser: argparse.ArgumentParser) -> None:
@@ -372,17 +384,48 @@ def _takes_decoder(parser: argparse.ArgumentParser) -> None:
 def _takes_evaluate(parser: argparse.ArgumentParser) -> None:
     _takes_run(parser)
     parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="override of the recipe, as in 'evaluate.tasks.coco={kind: caption, ...}'",
+    )
+    parser.add_argument(
+        "--task",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a task of the recipe; may be repeated; all of them if left out",
+    )
+    parser.add_argument(
         "--documents",
         type=_positive,
-        default=256,
         metavar="N",
-        help="of each source; default: %(default)s",
+        help="asked of each source, instead of what the tasks say (256 if they do not)",
+    )
+    parser.add_argument(
+        "--decoder", type=Path, metavar="RUN", help="the decoder run that draws for this one"
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="evaluate every checkpoint as another process commits it, until the last step",
     )
 
 
 def _takes_convert(parser: argparse.ArgumentParser) -> None:
     _takes_run(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="PATH", help="folder to make (emu: file)"
+    )
+    parser.add_argument(
+        "--as",
+        dest="form",
+        choices=("llama", "emu", "emu-instruct", "eva", "peft", "unet"),
+        help="another release's form; full tensors by canonical name if left out",
+    )
+    parser.add_argument(
+        "--merge-lora", action="store_true", help="fold adapters into the weights (llama, emu)"
+    )
 
 
 COMMANDS = (
@@ -394,8 +437,8 @@ COMMANDS = (
     Command("data chat", "write conversations as shards", _takes_chat, _data_chat),
     Command("data look", "draw packs of a recipe as pictures", _takes_look, _data_look),
     Command("sample", "write text and images with a run", _takes_sample, _sample),
-    Command("evaluate", "how many held-out captions are true", _takes_evaluate, _evaluate),
-    Command("convert", "export full tensors as safetensors", _takes_convert, _convert),
+    Command("evaluate", "ask a run the tasks of its recipe", _takes_evaluate, _evaluate),
+    Command("convert", "export weights: full tensors, or another form", _takes_convert, _convert),
 )
 
 

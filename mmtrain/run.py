@@ -8,17 +8,18 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mmtrain import log as logs
 from mmtrain import recipe as recipes
-from mmtrain.checkpoint import portable, store
+from mmtrain.checkpoint import store
 from mmtrain.data.assemble import Assembler
 from mmtrain.data.batch import Batch
 from mmtrain.data.loader import Loader, heldout_batches
@@ -30,6 +31,7 @@ from mmtrain.data.sources import open_source
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.errors import ExitCode
+from mmtrain.evaluate import session
 from mmtrain.facts import Facts, collect
 from mmtrain.initial import initial_weights
 from mmtrain.layout.dims import ParallelDims, dims_for
@@ -40,6 +42,7 @@ from mmtrain.parallel.build import Builder, Construction, Fold, Stage, canonical
 from mmtrain.parallel.mesh import Mesh, open_mesh
 from mmtrain.settings import Precision, Recipe, Recompute, SourceConfig
 from mmtrain.train import loop
+from mmtrain.train.ema import Ema
 from mmtrain.train.engine import Engine, EngineSettings, FoldEngine, StageEngine
 from mmtrain.train.metrics import Reporter, Work
 from mmtrain.train.optim import Filled, build_optimizer, choose, parameter_groups, used_groups
@@ -92,11 +95,12 @@ def train(recipe: Recipe) -> int:
         root = setting.folder / "checkpoints"
         mesh.barrier()  # the folder is there
         found = store.committed(root)
-        state = restore(engine, found[-1]) if found else TrainState()
+        ema = Ema(engine, recipe.train.ema) if recipe.train.ema else None
+        state = restore(engine, ema, found[-1]) if found else TrainState()
         if found:
             log.info("goes on from %s", found[-1])
         _write_recipe(setting, mesh, state)
-        parts = _parts(setting, mesh, engine, state)
+        parts = _parts(setting, mesh, engine, ema, state)
         try:
             with logging_redirect_tqdm([logging.getLogger(logs.ROOT)]):
                 loop.run(parts, _loop_plan(recipe), state)
@@ -125,6 +129,7 @@ def _loop_plan(recipe: Recipe) -> loop.Plan:
         log=recipe.log,
         validate=recipe.validate,
         saving=recipe.save,
+        evaluate_every_steps=recipe.evaluate.every_steps,
     )
 
 
@@ -257,7 +262,7 @@ def _assembler(setting: Setting, mesh: Mesh, sources: list[Source]) -> Assembler
     )
 
 
-def _loader(setting: Setting, mesh: Mesh, state: TrainState) -> Loader:
+def _loader(setting: Setting, mesh: Mesh, state: TrainState) -> Loader[Batch]:
     recipe = setting.recipe
     sources = open_sources(setting, recipe.data.sources)
     mixture = Mixture(sources, seed=recipe.seed, shuffle=recipe.data.shuffle)
@@ -303,27 +308,57 @@ def _read_heldout(plan: Plan, assembler: Assembler, **numbers: int) -> list[Batc
 # --- loop ----------------------------------------------------------------------------------
 
 
-def _parts(setting: Setting, mesh: Mesh, engine: Engine, state: TrainState) -> loop.Parts:
+def _parts(
+    setting: Setting, mesh: Mesh, engine: Engine, ema: Ema | None, state: TrainState
+) -> loop.Parts:
     recipe = setting.recipe
     reads = mesh.is_first_stage or mesh.is_last_stage
     loader = _loader(setting, mesh, state) if reads else None
     draws = partial(draw_pack, vocabulary=setting.vocabulary, layout=setting.layout, width=520)
+    reporter = _reporter(setting, mesh, state) if mesh.rank == 0 else None
     return loop.Parts(
         engine=engine,
         batches=loader.steps() if loader is not None else None,
         heldout=tuple(_heldout(setting, mesh)) if recipe.validate.every_steps else (),
-        reporter=_reporter(setting, mesh, state) if mesh.rank == 0 else None,
+        reporter=reporter,
         draw=(lambda batches: draws(batches[0])) if mesh.rank == 0 else None,
-        save=partial(_save, setting, engine, loader),
+        save=partial(_save, setting, engine, ema, loader),
+        ema=ema,
+        evaluate=_evaluation(setting, mesh, reporter),
     )
 
 
-def _save(setting: Setting, engine: Engine, loader: Loader | None, state: TrainState) -> Path:
+def _evaluation(
+    setting: Setting, mesh: Mesh, reporter: Reporter | None
+) -> Callable[[Path], None] | None:
+    """Rank 0 asks a checkpoint the tasks of the recipe; the others wait."""
+    config = setting.recipe.evaluate
+    if not config.every_steps:
+        return None
+    wait = mesh.patient_barrier(config.timeout_seconds)
+    assignment = session.assignment_of(setting.folder, setting.recipe)
+
+    def evaluate(checkpoint: Path) -> None:
+        if reporter is not None:
+            session.record(assignment, checkpoint.name, reporter.board)
+        wait()
+
+    return evaluate
+
+
+def _save(
+    setting: Setting,
+    engine: Engine,
+    ema: Ema | None,
+    loader: Loader[Any] | None,
+    state: TrainState,
+) -> Path:
     if loader is not None:
         mark = loader.mark(state.step)
         state.plan_window, state.plan_first_pack = mark.window, mark.first_pack
     folder = save(
         engine,
+        ema,
         state,
         setting.folder / "checkpoints",
         setting.recipe.save.keep,
@@ -377,12 +412,4 @@ def look(recipe: Recipe, packs: int, out: Path) -> int:
             f"{path}: {len(batch.info.sample_ids)} documents, {batch.info.images} images, "
             f"{batch.info.tokens} tokens (fill {fill:.2f}), {len(failures)} left out"
         )
-    return ExitCode.DONE
-
-
-def convert(run: Path, checkpoint: str | None, out: Path) -> int:
-    """Export a checkpoint's full tensors as safetensors by canonical name."""
-    source = run / "checkpoints" / checkpoint if checkpoint else run
-    for path in portable.export(portable.open_tensors(source), out):
-        print(path)
     return ExitCode.DONE

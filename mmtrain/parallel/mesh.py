@@ -7,11 +7,11 @@ Ranks come from the environment (`layout.ranks`).
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -70,6 +70,16 @@ class Mesh:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.sum_over_world(torch.zeros(1))
+
+    def patient_barrier(self, timeout_seconds: float) -> Callable[[], None]:
+        """A barrier that may last longer than collectives do; making it is a collective itself."""
+        made = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        group = cast(dist.ProcessGroup, made)  # every rank is in it
+
+        def wait() -> None:
+            dist.barrier(group)
+
+        return wait
 
 
 class ModelParallelUnit:

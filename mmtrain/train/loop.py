@@ -9,6 +9,7 @@ from PIL.Image import Image
 
 from mmtrain.data.batch import Batch
 from mmtrain.settings import LogConfig, SaveConfig, ScheduleConfig, ValidateConfig
+from mmtrain.train.ema import Ema
 from mmtrain.train.engine import Engine
 from mmtrain.train.metrics import Reporter
 from mmtrain.train.optim import rate_factor
@@ -26,6 +27,7 @@ class Plan:
     log: LogConfig
     validate: ValidateConfig
     saving: SaveConfig
+    evaluate_every_steps: int
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,13 @@ class Parts:
         batches: steps of this data rank from `state.step` on; None where no data is read.
         heldout: held-out sources.
         reporter: on rank 0.
+        ema: running means of the weights, or None.
         draw: draws a step's packs as one picture (rank 0).
+        sketch: shows what the model draws after a step, on rank 0; a collective; None when it
+            draws nothing while training.
         save: commits a checkpoint of a state; a collective.
+        evaluate: asks a checkpoint the tasks of the recipe; a collective; None when it is not due
+            while training.
     """
 
     engine: Engine
@@ -62,6 +69,9 @@ class Parts:
     reporter: Reporter | None
     draw: Callable[[Step], Image] | None
     save: Callable[[TrainState], Path]
+    evaluate: Callable[[Path], None] | None = None
+    ema: Ema | None = None
+    sketch: Callable[[int], Image | None] | None = None
 
 
 def run(parts: Parts, plan: Plan, state: TrainState) -> TrainState:
@@ -81,16 +91,27 @@ def run(parts: Parts, plan: Plan, state: TrainState) -> TrainState:
         report = engine.train_step(batches, factor)
         report = replace(report, seconds=report.seconds + waited, data_seconds=waited)
         state.advance(report)
+        if parts.ema is not None:
+            parts.ema.update(number)
         if reporter is not None:
             rates = {g["label"]: g["lr"] for g in engine.deepspeed.optimizer.param_groups}
             reporter.step(number, report, rates, plan.log.every_steps)
             if parts.draw is not None and _due(number, plan.log.images_every_steps) and batches:
                 reporter.picture(number, "packs", parts.draw(batches))
+        if parts.sketch is not None and _due(number, plan.log.images_every_steps):
+            picture = parts.sketch(number)
+            if reporter is not None and picture is not None:
+                reporter.picture(number, "samples", picture)
         if parts.heldout and _due(number, plan.validate.every_steps):
             validate(parts, number)
-        if _due(number, plan.saving.every_steps):
-            parts.save(state)
+        evaluates = parts.evaluate is not None and (
+            _due(number, plan.evaluate_every_steps) or number == plan.steps
+        )
+        if _due(number, plan.saving.every_steps) or evaluates:
+            folder = parts.save(state)
             saved = number
+        if parts.evaluate is not None and evaluates:
+            parts.evaluate(folder)
     if saved != state.step:
         parts.save(state)
     return state
