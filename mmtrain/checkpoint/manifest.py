@@ -45,6 +45,7 @@ class Manifest:
     code_version: str
     weights: dict[str, WeightEntry]
     files: dict[str, FileEntry]
+    averaged: tuple[str, ...] = ()  # weights whose running mean is kept too
     version: int = VERSION
 
     def write(self, folder: Path) -> None:
@@ -79,6 +80,7 @@ class Manifest:
             name: WeightEntry(tuple(entry["shape"]), entry["dim"], entry["stage"])
             for name, entry in raw["weights"].items()
         }
+        raw["averaged"] = tuple(raw.get("averaged", ()))
         raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
         return cls(**raw)
 

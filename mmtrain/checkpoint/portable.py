@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from mmtrain.errors import ContentError, MissingError, StorageError
 from mmtrain.layout.plan import Slice
 
 WEIGHT = "weight/"  # prefix of weights in a rank file
+MEAN = "ema/"  # prefix of their running means
 DESCRIPTION = "mmtrain.json"
 VERSION = 1
 
@@ -113,7 +115,7 @@ class CheckpointTensors:
         """Full shape and number type of a tensor."""
         entry = self.manifest.weights[name]
         holder = store.rank_file(self.manifest.dims.rank((entry.stage, 0, 0)))
-        return TensorInfo(entry.shape, _info(self.folder / holder, WEIGHT + name).dtype)
+        return TensorInfo(entry.shape, _info(self.folder / holder, self._key(name)).dtype)
 
     def get(self, name: str) -> Tensor:
         """Merge one tensor from the rank files that hold it."""
@@ -126,13 +128,17 @@ class CheckpointTensors:
             return parts[0]
         return torch.cat(parts, entry.dim).narrow(entry.dim, 0, entry.shape[entry.dim])
 
+    def _key(self, name: str) -> str:
+        """Of a tensor in the rank files."""
+        return WEIGHT + name
+
     def _tensor_slice(self, name: str, stage: int, tensor: int) -> Tensor:
         entry, dims = self.manifest.weights[name], self.manifest.dims
         holders = range(dims.data if dims.zero_stage == 3 else 1)
         shards: list[Tensor] = []
         for data in holders:
             path = self.folder / store.rank_file(dims.rank((stage, data, tensor)))
-            shards.append(_read(path, WEIGHT + name))
+            shards.append(_read(path, self._key(name)))
         if dims.zero_stage != 3:
             return shards[0]
         shape = list(entry.shape)
@@ -141,6 +147,17 @@ class CheckpointTensors:
             shape[entry.dim] = Slice(entry.dim, True).local_length(length, dims.tensor)
         flat = torch.cat([shard.flatten() for shard in shards])
         return flat[: math.prod(shape)].view(shape)
+
+
+class AveragedTensors(CheckpointTensors):
+    """Running means of a checkpoint's weights; the weights themselves where none is kept."""
+
+    def _key(self, name: str) -> str:
+        return (MEAN if name in self._averaged else WEIGHT) + name
+
+    @cached_property
+    def _averaged(self) -> frozenset[str]:
+        return frozenset(self.manifest.averaged)
 
 
 class ExportedTensors:
@@ -198,17 +215,32 @@ def open_tensors(path: Path) -> FullTensors:
     Raises:
         MissingError: nothing of the kind is there.
     """
+    return _open(path, CheckpointTensors)
+
+
+def open_averaged(path: Path) -> FullTensors:
+    """As `open_tensors`, but running means (`train.ema`) of the weights where a run keeps them."""
+    return _open(path, AveragedTensors)
+
+
+def checkpoint_of(path: Path) -> Path | None:
+    """The checkpoint that `open_tensors` reads of a run or a checkpoint; None for an export."""
     if (path / INDEX).exists():
-        return ExportedTensors(path)
+        return None
     if (path / "manifest.json").exists():
-        return CheckpointTensors(path)
+        return path
     found = store.committed(path / "checkpoints")
     if found:
-        return CheckpointTensors(found[-1])
+        return found[-1]
     raise MissingError(
         f"{path}: holds no weights; expected a run folder with a committed checkpoint, a "
         f"checkpoint (manifest.json) or an export ({INDEX})"
     )
+
+
+def _open(path: Path, kind: type[CheckpointTensors]) -> FullTensors:
+    checkpoint = checkpoint_of(path)
+    return ExportedTensors(path) if checkpoint is None else kind(checkpoint)
 
 
 def export(

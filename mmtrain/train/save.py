@@ -5,6 +5,7 @@ random state is needed: batches and initial weights are pure functions of the re
 layer draws numbers in training.
 """
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from torch import Tensor
 from mmtrain import __version__
 from mmtrain.checkpoint import store
 from mmtrain.checkpoint.manifest import Manifest, WeightEntry
-from mmtrain.checkpoint.portable import WEIGHT
+from mmtrain.checkpoint.portable import MEAN, WEIGHT
 from mmtrain.errors import ContentError
 from mmtrain.layout.plan import TensorPlan
 from mmtrain.parallel.build import canonical_parameters
+from mmtrain.train.ema import Ema, local_part
 from mmtrain.train.engine import Engine
 from mmtrain.train.state import TrainState
+
+log = logging.getLogger(__name__)
 
 
 def _masters(optimizer: Any) -> tuple[list[Tensor], bool]:
@@ -36,15 +40,13 @@ def _masters(optimizer: Any) -> tuple[list[Tensor], bool]:
     return [p for group in optimizer.param_groups for p in group["params"]], False
 
 
-def _local(parameter: Any) -> Tensor:
-    """What this rank holds of a parameter: all of it, or its ZeRO-3 partition."""
-    held: Tensor = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
-    return held.data
-
-
 def _weights(engine: Engine) -> dict[str, Tensor]:
     named = canonical_parameters(engine.named_layers())
-    return {WEIGHT + name: _local(parameter) for name, parameter in named}
+    return {WEIGHT + name: local_part(parameter) for name, parameter in named}
+
+
+def _means(ema: Ema | None) -> dict[str, Tensor]:
+    return {} if ema is None else {MEAN + name: mean for name, mean in ema.means.items()}
 
 
 def _optimizer_state(engine: Engine) -> dict[str, Tensor]:
@@ -62,6 +64,7 @@ def _optimizer_state(engine: Engine) -> dict[str, Tensor]:
 
 def save(
     engine: Engine,
+    ema: Ema | None,
     state: TrainState,
     root: Path,
     keep: int,
@@ -73,6 +76,7 @@ def save(
 
     Args:
         engine: what is saved.
+        ema: running means of its weights, saved too; None = there are none.
         state: progress of the run.
         root: the run's `checkpoints` folder.
         keep: newest checkpoints kept.
@@ -88,7 +92,7 @@ def save(
     tensors = _optimizer_state(engine)
     weights = _weights(engine)
     if mesh.data == 0 or mesh.dims.zero_stage == 3:
-        tensors.update(weights)
+        tensors.update(weights | _means(ema))
     entry = store.write_part(partial, mesh.rank, tensors)
     entries = {}
     for key in weights:
@@ -105,6 +109,7 @@ def save(
             recipe_hash=recipe_hash,
             code_version=__version__,
             weights={name: e for _, part in gathered for name, e in part.items()},
+            averaged=tuple(ema.means) if ema is not None else (),
             files=dict(file for file, _ in gathered),
         )
         store.commit(root, manifest)
@@ -113,7 +118,7 @@ def save(
     return store.folder_of(root, state.step)
 
 
-def restore(engine: Engine, folder: Path) -> TrainState:
+def restore(engine: Engine, ema: Ema | None, folder: Path) -> TrainState:
     """Load a checkpoint of the same layout into the engine; exact to the bit.
 
     Raises:
@@ -131,10 +136,12 @@ def restore(engine: Engine, folder: Path) -> TrainState:
     if mesh.data != 0 and mesh.dims.zero_stage != 3:
         owner = mesh.dims.rank((mesh.pipeline, 0, mesh.tensor))
         twin = store.read_part(folder, owner, manifest)
-        saved.update({key: t for key, t in twin.items() if key.startswith(WEIGHT)})
+        saved.update({key: t for key, t in twin.items() if key.startswith((WEIGHT, MEAN))})
     with torch.no_grad():
         for key, held in _weights(engine).items():
             _copy(saved, key, held, folder)
+        if ema is not None:
+            _restore_means(saved, ema, manifest, folder)
         optimizer = engine.deepspeed.optimizer
         inner = getattr(optimizer, "optimizer", optimizer)
         masters, copies = _masters(optimizer)
@@ -148,6 +155,15 @@ def restore(engine: Engine, folder: Path) -> TrainState:
                 if key.startswith(prefix)
             }
     return TrainState(**manifest.state)
+
+
+def _restore_means(saved: dict[str, Tensor], ema: Ema, manifest: Manifest, folder: Path) -> None:
+    """Running means; a run that keeps them from now on begins with the weights as they are."""
+    if not manifest.averaged:
+        log.info("%s holds no running means of the weights; they begin at its weights", folder)
+    for name, mean in ema.means.items():
+        key = (MEAN if manifest.averaged else WEIGHT) + name
+        _copy(saved, key, mean, folder)
 
 
 def _place(tensor: Tensor, master: Tensor) -> Tensor:
