@@ -55,26 +55,22 @@ class Canonical:
         return replace(found, alpha=known if alpha is None else alpha)
 
 
-def open_canonical(path: Path, model: Mapping[str, Any] | None = None) -> Canonical:
+def open_canonical(path: Path, description: Description | None = None) -> Canonical:
     """Open a folder of full tensors, a run folder or a checkpoint.
 
     Args:
         path: the folder.
-        model: the `model:` section of the run, when it is one; else the folder's description says.
+        description: of the weights; None to read the folder's own.
 
     Raises:
         MissingError: nothing of the kind is there.
         ContentError: its files are damaged.
     """
     tensors = open_tensors(path)
-    description = Description.read(path)
-    if description is None:
-        description = Description(kind="emu", model=dict(model or {}))
-        if model and (lora := model.get("lora", {})).get("rank"):
-            description = replace(description, lora=described_lora(LoraConfig(**lora)))
+    known = description or Description.read(path) or Description(kind="full tensors", model={})
     dropped = path / DROPPED
     return Canonical(
-        _as_source(path, tensors), description, open_file(dropped) if dropped.is_file() else None
+        _as_source(path, tensors), known, open_file(dropped) if dropped.is_file() else None
     )
 
 

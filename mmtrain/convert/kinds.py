@@ -81,10 +81,6 @@ class Export:
     name: str = ""
 
 
-def _release(path: Path, options: Options) -> Plan:
-    return release.read_release(path, options.config, options.adapters, options.alpha)
-
-
 IMPORTS: Mapping[str, Import] = {
     "llama": Import(
         "a Hugging Face LLaMA folder (config.json; safetensors or .bin, sharded or not)",
@@ -101,12 +97,14 @@ IMPORTS: Mapping[str, Import] = {
     ),
     "emu": Import(
         "the Emu pretrain release (pytorch_model.bin)",
-        _release,
-        ("recipe", "merge-lora", "alpha"),
+        lambda path, options: release.read_pretrained(path, options.config),
+        ("recipe",),
     ),
     "emu-instruct": Import(
         "the Emu instruct release (Emu-instruct.pt), PEFT names old and new",
-        _release,
+        lambda path, options: release.read_instruct(
+            path, options.config, options.adapters, options.alpha
+        ),
         ("recipe", "merge-lora", "alpha"),
     ),
     "peft": Import(

@@ -23,6 +23,7 @@ from mmtrain.errors import ContentError
 from mmtrain.nn.lora import adapted_weights, merge
 
 SHOWN_FAULTS = 12
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Plan:
             f"{len(self.made):,} tensors of {numbers:,} numbers ({created:,} created), "
             f"{len(self.left_out):,} left out ({len(self.kept):,} kept aside), {self.bytes:,} bytes"
         )
-        heads = ("source", "shape and type", "target", "how")
+        heads = ("", "source", "shape and type", "target", "how")
         return "\n".join([self.title, "", *_aligned([heads, *_folded(rows)]), "", foot])
 
 
@@ -208,10 +209,9 @@ class Draft:
                 f"{self.source.path}: none of its {len(names)} tensors has a name of {self.what} "
                 f"(found {', '.join(names[:3])}, ...){hint}"
             )
-        self.faults += [
-            f"{name} ({self.source.infos[name]}): unknown name, not one of {self.what}"
-            for name in names
-        ]
+        if names and (looks := kind_of(names)):
+            self.faults.append(f"{len(names)} of its names look like {looks}")
+        self.faults += [f"{name} ({self.source.infos[name]}): unknown name" for name in names]
 
     def add(self, made: Made) -> None:
         """Add one tensor of the target."""
@@ -293,20 +293,25 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _folded(rows: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
-    """Rows that differ in their numbers between dots alone, as one with N for the number."""
-    count: dict[tuple[str, ...], int] = {}
-    first: dict[tuple[str, ...], tuple[str, ...]] = {}
+    """Rows that differ in their numbers between dots alone, as one: N where the numbers differ."""
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for row in rows:
-        key = tuple(re.sub(r"(?<=\.)\d+(?=\.)", "N", cell) for cell in row)
-        count[key] = count.get(key, 0) + 1
-        first.setdefault(key, row)
-    for key, times in count.items():
-        yield (*(key if times > 1 else first[key]), f"x {times}" if times > 1 else "")
+        groups.setdefault(tuple(_NUMBER.sub("N", cell) for cell in row), []).append(row)
+    for group in groups.values():
+        times = f"{len(group)} x" if len(group) > 1 else ""
+        yield (times, *(_fold(cells) for cells in zip(*group, strict=True)))
+
+
+def _fold(cells: tuple[str, ...]) -> str:
+    """One cell for several; a number stays where all agree on it."""
+    numbers = [_NUMBER.findall(cell) for cell in cells]
+    agreed = iter(found[0] if len(set(found)) == 1 else "N" for found in zip(*numbers, strict=True))
+    return _NUMBER.sub(lambda _: next(agreed), cells[0])
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(4)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(cell.ljust(widths[i]) if i < 4 else cell for i, cell in enumerate(row)).rstrip()
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]

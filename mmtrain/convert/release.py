@@ -9,6 +9,7 @@ since the released loader asks for every name.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
@@ -45,10 +46,28 @@ class Adapters(Enum):
     merge = "merge"  # they are folded into them
 
 
-def read_release(
+def read_pretrained(path: Path, config: EmuConfig | None) -> Plan:
+    """Emu's pretrain release to full tensors.
+
+    Args:
+        path: the file, or a folder with it.
+        config: sizes it must have; None to read them off its shapes.
+
+    Raises:
+        ContentError: every name and shape that does not fit; it has adapters.
+    """
+    draft, sizes = _read(path, config)
+    if sizes.config.lora.rank:
+        raise ContentError(
+            f"{path}: holds adapters, so it is no pretrain release; read it as kind emu-instruct"
+        )
+    return draft.plan(f"{path} -> full tensors", describe("emu", sizes, config))
+
+
+def read_instruct(
     path: Path, config: EmuConfig | None, adapters: Adapters, alpha: float | None
 ) -> Plan:
-    """Emu's pretrain or instruct release to full tensors.
+    """Emu's instruct release to full tensors.
 
     Args:
         path: the file, or a folder with it.
@@ -59,24 +78,24 @@ def read_release(
     Raises:
         ContentError: every name and shape that does not fit.
     """
-    source = open_source(path).renamed(without_peft)
-    draft = Draft(source, RELEASE.release).read(RELEASE)
-    rotary = source.infos.get(_ROTARY.format(0))
-    shapes = made_shapes(draft)
-    sizes = read_sizes(draft, shapes, 2 * rotary.shape[0] if rotary else None)
-    lora = LoraConfig(
-        rank=sizes.config.lora.rank,
-        alpha=LoraConfig().alpha if alpha is None else alpha,
-        targets=sizes.config.lora.targets,
-    )
-    expected = _expected(sizes, config, EVERYTHING)
-    draft.require(expected, RELEASE.foreign_name)
-    kind = "emu-instruct" if lora.rank else "emu"
+    draft, sizes = _read(path, config)
+    _require_adapters(draft.source, sizes.config.lora)
+    known = LoraConfig().alpha if alpha is None else alpha
+    lora = replace(sizes.config.lora, alpha=known)
+    kind = "emu-instruct"
     if adapters is Adapters.merge:
-        _require_adapters(source, lora)
         draft.merge_adapters(lora.scale)
         kind, lora = "emu", LoraConfig()
     return draft.plan(f"{path} -> full tensors", describe(kind, sizes, config, lora))
+
+
+def _read(path: Path, config: EmuConfig | None) -> tuple[Draft, Sizes]:
+    source = open_source(path).renamed(without_peft)
+    draft = Draft(source, RELEASE.release).read(RELEASE)
+    rotary = source.infos.get(_ROTARY.format(0))
+    sizes = read_sizes(draft, made_shapes(draft), 2 * rotary.shape[0] if rotary else None)
+    draft.require(_expected(sizes, config, EVERYTHING), RELEASE.foreign_name)
+    return draft, sizes
 
 
 def read_tower(path: Path, config: EmuConfig | None) -> Plan:
