@@ -271,7 +271,8 @@ class Prediction(Enum):
     """What the decoder answers to a noisy picture (names of diffusers)."""
 
     epsilon = "epsilon"  # the noise, as published
-    v_prediction = "v_prediction"
+    v_prediction = "v_prediction"  # between the two: the noise where there is little of it
+    sample = "sample"  # the clean picture; little models learn that fastest
 
 
 class Scheduler(Enum):

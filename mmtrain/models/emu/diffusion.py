@@ -40,7 +40,8 @@ class Diffusion:
     def mix(self, clean: Tensor, noise: Tensor, timesteps_N: Tensor) -> Tensor:
         """Noisy pictures beside the answer that is wanted of them, `[N, 2C, h, w]`.
 
-        The answer is the noise, or v = sqrt(a) noise - sqrt(1 - a) clean (arXiv:2202.00512).
+        The answer is the noise, v = sqrt(a) noise - sqrt(1 - a) clean (arXiv:2202.00512), or the
+        clean picture.
         """
         kept = self._kept.to(clean.device)[timesteps_N].view(-1, 1, 1, 1)
         signal, spoilt = kept.sqrt(), (1 - kept).sqrt()
@@ -48,6 +49,8 @@ class Diffusion:
         wanted = noise
         if self._prediction is Prediction.v_prediction:
             wanted = signal * noise - spoilt * clean
+        elif self._prediction is Prediction.sample:
+            wanted = clean
         return torch.cat([noisy, wanted], 1)
 
     def solver(self, scheduler: Scheduler, steps: int, limited: Any = None) -> Any:
