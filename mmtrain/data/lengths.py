@@ -163,7 +163,7 @@ def load(folder: Folder, *, fingerprint: str, dataset: str, advice: str) -> Leng
     try:
         manifest = json.loads(path.read_text())
         found = (manifest["format"], manifest["tokenizer"], manifest["dataset"])
-        stored = _ARRAYS[:-1] if manifest["format"] == 1 else _ARRAYS
+        stored = [name for name in _ARRAYS if f"{name}.npy" in manifest["files"]]
         records = {name: manifest["files"][f"{name}.npy"] for name in stored}
     except (ValueError, KeyError, TypeError) as error:
         raise ContentError(f"{path} is damaged ({error!r}); {advice}") from error
@@ -172,6 +172,8 @@ def load(folder: Folder, *, fingerprint: str, dataset: str, advice: str) -> Leng
     for name, has, wants in zip(names, found, wanted, strict=True):
         if has != wants and (name, has) != (names[0], 1):
             raise ContentError(f"{path.parent} is stale: {name} {has}, expected {wants}; {advice}")
+    if lacking := set(_ARRAYS if found[0] == FORMAT else _ARRAYS[:-1]) - set(records):
+        raise ContentError(f"{path} is damaged (it names no {sorted(lacking)}); {advice}")
     arrays = {}
     for name, record in records.items():
         expected = ExpectedFile(f"{name}.npy", record["bytes"], {HASH: record[HASH]})

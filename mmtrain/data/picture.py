@@ -1,21 +1,35 @@
 """A pack as a picture: each document a row of its images and words, in the order of training.
 
 For TensorBoard and for looking at data before training on it. What is drawn is read back from
-the batch, so a wrong slot, a lost image or a cut in the wrong place is seen.
+the batch, so a wrong slot, a lost image or a cut in the wrong place is seen. Where only some words
+of a document are learnt (the answers of a conversation), those are green and underlined.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 from PIL import Image, ImageDraw, ImageFont
 
 from mmtrain.data.batch import Batch
 from mmtrain.data.images import to_picture
 from mmtrain.data.tokens import SequenceFormat
-from mmtrain.data.vocabulary import Vocabulary
+from mmtrain.data.vocabulary import MARKUP, Vocabulary
 
 _TEXT_SIZE = 13
 _GAP = 6
 _PAPER, _INK, _RULE = (255, 255, 255), (20, 20, 20), (190, 190, 190)
+_LEARNT = (10, 110, 40)
+
+
+class Learnt(str):
+    """Words that are learnt, in a document of which other words are only read."""
+
+
+@dataclass(frozen=True)
+class _Word:
+    token: int
+    learnt: bool
 
 
 def draw_pack(
@@ -72,28 +86,49 @@ def contents(
 ) -> Iterator[list[str | Image.Image]]:
     """Text and images of every document of a batch, in order.
 
-    Where a document is not learnt throughout, as conversations are not, the words that are learnt
-    come as `Learnt`.
+    Of a document that is only learnt in parts, as a conversation is, those come as `Learnt`.
     """
     fields = {name: field.tolist() for name, field in batch.inputs.fields.items()}
-    weights = batch.targets.weights["text"].tolist()
-    slots = fields["slots"][:: layout.visual_tokens]
-    image_at = {row - 1: index for index, row in enumerate(slots) if row <= len(fields["tokens"])}
-    starts = [row for row, token in enumerate(fields["tokens"]) if token == layout.bos]
-    for start, stop in zip(starts, [*starts[1:], len(fields["tokens"])], strict=True):
-        content: list[str | Image.Image] = []
-        words: list[_Word] = []
+    weights, tokens = batch.targets.weights["text"].tolist(), fields["tokens"]
+    first_slots = fields["slots"][:: layout.visual_tokens]
+    image_at = {row - 1: index for index, row in enumerate(first_slots) if row < len(tokens)}
+    starts = [row for row, token in enumerate(tokens) if token == layout.bos]
+    for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
+        while tokens[stop - 1] == layout.pad:
+            stop -= 1
         row = start + 1
-        while row < stop and fields["tokens"][row] != layout.pad:
+        pieces: list[_Word | Image.Image] = []
+        while row < stop - 1:  # the last one is </s>
             if row in image_at:
-                content += [*_runs(words, vocabulary)]
-                content.append(to_picture(batch.inputs.hidden[image_at[row]], layout))
-                words = []
+                pieces.append(to_picture(batch.inputs.hidden[image_at[row]], layout))
                 row += layout.group_length
-                continue
-            words.append(_Word(fields["tokens"][row], weights[row - 1] > 0))
-            row += 1
-        yield [*content, *_runs(words, vocabulary)]
+            else:
+                pieces.append(_Word(tokens[row], weights[row - 1] > 0))
+                row += 1
+        yield list(_runs(pieces, vocabulary))
+
+
+def _runs(
+    pieces: Sequence[_Word | Image.Image], vocabulary: Vocabulary
+) -> Iterator[str | Image.Image]:
+    """Words joined to texts; special tokens of markup and changes of what is learnt part them."""
+    marks = {vocabulary.ids[mark]: mark for mark in MARKUP if mark in vocabulary.ids}
+    in_parts = not all(piece.learnt for piece in pieces if isinstance(piece, _Word))
+
+    def kind(piece: _Word | Image.Image) -> object:
+        if isinstance(piece, Image.Image) or piece.token in marks:
+            return id(piece)  # stands alone
+        return piece.learnt
+
+    for _, group in groupby(pieces, kind):
+        run = list(group)
+        first = run[0]
+        if isinstance(first, Image.Image):
+            yield first
+            continue
+        words = [piece.token for piece in run if isinstance(piece, _Word)]
+        text = marks.get(words[0]) or vocabulary.decode(words)
+        yield Learnt(text) if in_parts and first.learnt else text
 
 
 def _draw_document(
@@ -107,7 +142,7 @@ def _draw_document(
     places: list[tuple[float, int, str | Image.Image]] = []
     left, top, tall = 0.0, 0, False
     for item in content:
-        for piece in item.split(" ") if isinstance(item, str) else [item]:
+        for piece in map(type(item), item.split(" ")) if isinstance(item, str) else [item]:
             size = font.getlength(piece + " ") if isinstance(piece, str) else thumbnail + _GAP
             if left + size > width and left:
                 left, top, tall = 0.0, top + (line if tall else _TEXT_SIZE + 4), False
@@ -117,7 +152,11 @@ def _draw_document(
     row = Image.new("RGB", (width, top + (thumbnail if tall else _TEXT_SIZE + 4)), _PAPER)
     pen = ImageDraw.Draw(row)
     for left, top, piece in places:
-        if isinstance(piece, str):
+        if isinstance(piece, Learnt):
+            pen.text((left, top), piece, fill=_LEARNT, font=font)
+            line_y = top + _TEXT_SIZE + 2
+            pen.line((left, line_y, left + font.getlength(piece), line_y), fill=_LEARNT)
+        elif isinstance(piece, str):
             pen.text((left, top), piece, fill=_INK, font=font)
         else:
             row.paste(piece.resize((thumbnail, thumbnail)), (int(left), top))
