@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from mmtrain.data.chat import SYSTEM
 from mmtrain.errors import Problem
 from mmtrain.schema import join
 from mmtrain.settings import ExamplesConfig, Recipe, TaskConfig, TaskKind
@@ -43,6 +44,11 @@ def missing_files(recipe: Recipe) -> Iterator[Problem]:
     for name, task in recipe.evaluate.tasks.items():
         place = join("evaluate.tasks", name)
         yield from _missing(place, task)
+        if task.system not in ("auto", *SYSTEM) and not Path(task.system).is_file():
+            yield Problem(
+                f"{place}.system",
+                f"there is no file {task.system}; name one, or one of auto, {', '.join(SYSTEM)}",
+            )
         if task.support is not None:
             yield from _missing(f"{place}.support", task.support)
 

@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from mmtrain.artist import Artist
+from mmtrain.data.chat import Turn, prompt_parts, template_of
+from mmtrain.data.document import Modality, Part
+from mmtrain.data.images import encode_png
 from mmtrain.errors import ContentError
 from mmtrain.evaluate.examples import Example, ExampleSet, Row, open_pictures
 from mmtrain.evaluate.shots import Support
 from mmtrain.models.emu.generate import Prompt
 from mmtrain.models.families import spec_of
 from mmtrain.nn.choice import Beams
-from mmtrain.settings import ShotForm, SourceConfig
+from mmtrain.settings import Phase, ShotForm, SourceConfig
 from mmtrain.trained import BATCH, Trained
 
 
@@ -45,6 +48,7 @@ class Manner:
         beams: how the answer is searched for; one beam writes greedily, many prompts at a time.
         shots: examples before each question.
         form: what is shown of an example.
+        system: message that begins a conversation, for runs tuned on those (`data.chat`).
     """
 
     prompt: str = "{question}"
@@ -52,6 +56,7 @@ class Manner:
     beams: Beams
     shots: int = 0
     form: ShotForm = ShotForm.pictures
+    system: str = "auto"
 
     def asks(self, example: Example, pictures: Sequence[Image.Image]) -> Row:
         """The pictures of an example, then the words that ask."""
@@ -85,14 +90,15 @@ def ask(trained: Trained, found: ExampleSet, manner: Manner, support: Support | 
     """Answers to every example that can be asked, in order."""
     asked = Asked(broken=list(found.broken))
     for start in range(0, len(found.examples), BATCH):  # pictures of one batch at a time
-        examples, rows = [], []
+        examples, prompts = [], []
         for example in found.examples[start : start + BATCH]:
             try:
-                rows.append(_row(trained, example, manner, support, asked))
+                row = _row(trained, example, manner, support, asked)
+                prompts.append(trained.prompt(laid_out(trained, row, manner.system)))
                 examples.append(example)
             except ContentError as error:
                 asked.broken.append(f"{example.key}: {error}")
-        written = write(trained, [trained.prompt(row) for row in rows], manner.beams)
+        written = write(trained, prompts, manner.beams)
         asked.answers += zip(examples, written, strict=True)
     return asked
 
@@ -105,13 +111,37 @@ def write(trained: Trained, prompts: Sequence[Prompt], beams: Beams) -> list[str
     return [decode(trained.sampler.beam(prompt, beams)) for prompt in prompts]
 
 
+def laid_out(trained: Trained, row: Row, system: str) -> Sequence[str | Image.Image | Part]:
+    """A prompt in the form the run was trained with: of conversations, if it was tuned on those."""
+    if not is_tuned(trained):
+        return row
+    turn = Turn(contents(row))
+    return prompt_parts([turn], template_of(system, [turn]))
+
+
+def is_tuned(trained: Trained) -> bool:
+    """Whether the run answers in conversations."""
+    return trained.recipe.phase is Phase.instruct
+
+
+def contents(row: Row) -> tuple[str | Part, ...]:
+    """Texts and pictures as a turn of a conversation holds them."""
+    return tuple(
+        piece
+        if isinstance(piece, str)
+        else Part(modality=Modality.image, media=(encode_png(piece),))
+        for piece in row
+    )
+
+
 def _row(
     trained: Trained, example: Example, manner: Manner, support: Support | None, asked: Asked
 ) -> Row:
     """The prompt of an example, with as many shots as fit."""
     pictures = open_pictures(example.pictures)
     question = manner.asks(example, pictures)
-    room = context_of(trained) - manner.beams.new_tokens - positions(trained, question)
+    taken = positions(trained, laid_out(trained, question, manner.system))
+    room = context_of(trained) - manner.beams.new_tokens - taken
     if room < 0:
         raise ContentError(f"the question leaves no room in a context of {context_of(trained)}")
     shown: list[Row] = []
@@ -132,14 +162,17 @@ def context_of(trained: Trained) -> int:
     return spec_of(trained.recipe.family, trained.recipe.phase).context(trained.recipe.model)
 
 
-def positions(trained: Trained, row: Row) -> int:
+def positions(trained: Trained, pieces: Sequence[str | Image.Image | Part]) -> int:
     """Positions of a prompt, <s> included."""
-    return 1 + sum(_lengths(trained, row))
+    return 1 + sum(_lengths(trained, pieces))
 
 
-def _lengths(trained: Trained, row: Row) -> Iterator[int]:
-    for piece in row:
+def _lengths(trained: Trained, pieces: Sequence[str | Image.Image | Part]) -> Iterator[int]:
+    for piece in pieces:
         if isinstance(piece, str):
             yield len(trained.vocabulary.encode(piece)) if piece.strip() else 0
+        elif isinstance(piece, Part) and piece.modality is Modality.text:
+            yield len(trained.vocabulary.encode_part(piece))
         else:
-            yield trained.layout.group_length
+            images = len(piece.media) if isinstance(piece, Part) else 1
+            yield images * trained.layout.group_length

@@ -9,20 +9,18 @@ category that are false here.
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from PIL import Image
-
-from mmtrain.data.document import Modality, Part
+from mmtrain.data.chat import Turn, prompt_parts, template_of
 from mmtrain.data.rules import Draw
 from mmtrain.data.shapes_text import judge
 from mmtrain.errors import ContentError, MissingError
 from mmtrain.evaluate import held
-from mmtrain.evaluate.asking import Subject, context_of
+from mmtrain.evaluate.asking import Subject, contents, context_of, is_tuned
 from mmtrain.evaluate.dialogs import Choice, read_dialogs
 from mmtrain.evaluate.examples import Example, open_pictures
 from mmtrain.evaluate.ranks import ndcg, rank_of, summary
 from mmtrain.evaluate.report import Result
 from mmtrain.models.emu.generate import Prompt
-from mmtrain.settings import Phase, TaskConfig
+from mmtrain.settings import TaskConfig
 from mmtrain.trained import Trained
 
 _AT_ONCE = 25  # candidates scored in one pass
@@ -40,7 +38,7 @@ def rank(name: str, config: TaskConfig, subject: Subject) -> Iterator[Result]:
     ranks, gains, records = [], [], []
     for choice in choices[: config.documents or None]:
         try:
-            scores = score(trained, prompt_of(trained, choice), choice.candidates)
+            scores = score(trained, prompt_of(trained, choice, config.system), choice.candidates)
         except ContentError as error:
             broken.append(f"{choice.key}: {error}")
             continue
@@ -82,32 +80,24 @@ def score(trained: Trained, prompt: Prompt, candidates: Sequence[str]) -> list[f
     return out
 
 
-def prompt_of(trained: Trained, choice: Choice) -> Prompt:
+def prompt_of(trained: Trained, choice: Choice, system: str) -> Prompt:
     """What stands before a candidate: picture, caption, earlier turns, the question.
 
-    A run that was tuned on instructions is asked in its own form: " [USER]: " and the picture
-    closed by `</s>`, then " [USER]: question [ASSISTANT]:" of every turn.
+    A run that was tuned on conversations is asked in one, without the caption.
 
     Raises:
         ContentError: a picture cannot be read, or the context has no room.
     """
-    pieces: list[str | Image.Image | Part] = [*open_pictures(choice.pictures)]
-    tuned = trained.recipe.phase is Phase.instruct and choice.question
-    if tuned:
-        pieces = [_markup(" [USER]: "), *pieces, _markup("</s>")]
-    elif choice.caption:
-        pieces.append(choice.caption)
-    for question, answer in choice.turns:
-        if tuned:
-            pieces += [_markup(" [USER]: "), question, _markup(" [ASSISTANT]:"), answer]
-            pieces.append(_markup("</s>"))
-        else:
-            pieces.append(f"{question} {answer}.")
-    if choice.question:
-        pieces += [_markup(" [USER]: ")] if tuned else []
-        pieces.append(choice.question)
-        pieces += [_markup(" [ASSISTANT]:")] if tuned else []
-    prompt = trained.prompt(pieces)
+    pictures = open_pictures(choice.pictures)
+    if is_tuned(trained) and choice.question:
+        said = [((question,), (answer,)) for question, answer in choice.turns]
+        (first, reply), *later = [*said, ((choice.question,), ())]
+        turns = [Turn((*contents([*pictures]), *first), reply), *(Turn(q, a) for q, a in later)]
+        prompt = trained.prompt(prompt_parts(turns, template_of(system, turns)))
+    else:
+        earlier = [f"{question} {answer}." for question, answer in choice.turns]
+        words = [text for text in (choice.caption, *earlier, choice.question) if text]
+        prompt = trained.prompt([*pictures, *words])
     longest = max(len(trained.vocabulary.encode(candidate)) for candidate in choice.candidates) + 1
     if len(prompt.tokens) + longest > context_of(trained):
         raise ContentError(
@@ -115,10 +105,6 @@ def prompt_of(trained: Trained, choice: Choice) -> Prompt:
             f"{context_of(trained)}"
         )
     return prompt
-
-
-def _markup(text: str) -> Part:
-    return Part(modality=Modality.text, text=text, markup=True)
 
 
 def _choices(name: str, config: TaskConfig, subject: Subject) -> tuple[list[Choice], list[str]]:

@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from mmtrain.data.document import CHAT, Modality, Part
+from mmtrain.data.document import CHAT, Part
+from mmtrain.data.picture import draw_rows
+from mmtrain.data.shapes_chat import judge_answer
 from mmtrain.data.shapes_text import judge
 from mmtrain.errors import ContentError, MissingError
 from mmtrain.evaluate import held, vqa
 from mmtrain.evaluate.asking import Asked, Manner, Subject, ask, context_of, write
 from mmtrain.evaluate.cider import cider
 from mmtrain.evaluate.drawing import draw
-from mmtrain.evaluate.examples import Example, ExampleSet
+from mmtrain.evaluate.examples import Example, ExampleSet, Row, open_pictures
 from mmtrain.evaluate.ranking import rank
 from mmtrain.evaluate.readers import read_captions, read_questions
 from mmtrain.evaluate.released import answer_of, caption_of
 from mmtrain.evaluate.report import Result, grouped
 from mmtrain.evaluate.shots import Support, prepare
 from mmtrain.evaluate.words import caption_words
-from mmtrain.gallery import opened
 from mmtrain.nn.choice import Beams
 from mmtrain.settings import ExamplesConfig, SourceConfig, TaskConfig, TaskKind
 from mmtrain.trained import BATCH, Trained
@@ -40,6 +40,7 @@ _ANSWER = Beams(beams=5, new_tokens=20, minimum_length=1, length_penalty=-1.0)
 _SHAPES = Beams(beams=1, new_tokens=24)
 _CAPTION_PROMPT = "the image depicts a photo of"
 _QUESTION_PROMPT = "based on the picture, {question} short answer:"  # Emu2, arXiv:2312.13286
+_SHOWN = 12  # pictures of a grid
 _REMEDY = "data.heldout, or name one as path:"
 
 
@@ -114,7 +115,11 @@ def short_answers(name: str, config: TaskConfig, subject: Subject) -> Iterator[R
 
 
 def chat(name: str, config: TaskConfig, subject: Subject) -> Iterator[Result]:
-    """Answers of held-out conversations, compared to the letter (but for case, blanks, stops)."""
+    """Answers of held-out conversations, each after the true ones before it.
+
+    An answer is exact when it is the stored one, but for case, blanks and a final stop. Where the
+    facts of the world of shapes are known, it is right when it is true.
+    """
     trained = subject.trained
     beams = _beams(config, Beams(beams=1, new_tokens=32))
     turns = [
@@ -133,12 +138,17 @@ def chat(name: str, config: TaskConfig, subject: Subject) -> Iterator[Result]:
         asked.answers += _replies(trained, chunk, beams, asked)
     outcomes, records = [], []
     for example, written in asked.answers:
-        right = _bare(written) == _bare(example.answers[0])
+        true = example.answers[0]
+        exact = _bare(written) == _bare(true)
+        right = exact or _is_right(written, example)
         outcomes.append((tuple(example.group.split("/", 1)), float(right)))
         records.append(
-            {"sample": example.key, "text": written, "true": example.answers[0], "right": right}
+            {"sample": example.key, "text": written, "true": true, "right": right, "exact": exact}
         )
-    metrics = {"accuracy": _mean(right for _, right in outcomes)}
+    metrics = {
+        "accuracy": _mean(right for _, right in outcomes),
+        "exact": _mean(bool(record["exact"]) for record in records),
+    }
     yield _result(name, config, asked, outcomes, metrics, records, ("source", "question"))
 
 
@@ -148,7 +158,7 @@ def _replies(
     examples, prompts = [], []
     for example, parts in turns:
         try:
-            prompt = trained.prompt([piece for part in parts for piece in _pieces(part)])
+            prompt = trained.prompt(parts)
             if len(prompt.tokens) + beams.new_tokens > context_of(trained):
                 raise ContentError("the conversation leaves no room for an answer")
             prompts.append(prompt)
@@ -156,10 +166,6 @@ def _replies(
         except ContentError as error:
             asked.broken.append(f"{example.key}: {error}")
     return list(zip(examples, write(trained, prompts, beams), strict=True))
-
-
-def _pieces(part: Part) -> list[Part | Image.Image]:
-    return [part] if part.modality is Modality.text else [opened(blob) for blob in part.media]
 
 
 KINDS: dict[TaskKind, Task] = {
@@ -191,6 +197,7 @@ def _manners(
             beams=_beams(config, beams),
             shots=shots,
             form=config.form,
+            system=config.system,
         )
         yield name if len(config.shots) == 1 else f"{name}_{shots}_shots", manner, support
 
@@ -263,11 +270,28 @@ def _result(
         notes=left_out if asked.shots_left_out else {},
         records=records,
         broken=tuple(asked.broken),
+        grid=_grid(asked.answers),
     )
+
+
+def _grid(answers: Sequence[tuple[Example, str]]) -> Image.Image | None:
+    """The first pictures with what was written of them; None where no picture is shown."""
+    rows: list[Row] = [
+        [*open_pictures(example.pictures[:1]), example.question, "->", text]
+        for example, text in answers[:_SHOWN]
+        if example.pictures
+    ]
+    return draw_rows(rows, width=600) if rows else None
 
 
 def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
+
+
+def _is_right(written: str, example: Example) -> bool:
+    """Whether an answer about the world of shapes is true; False where nothing is known of it."""
+    known = {"question_kind", "answers", "objects", "scene"} <= set(example.facts)
+    return known and judge_answer(written, example.facts, int(example.key.rpartition("/")[2]))
 
 
 def _bare(text: str) -> str:
