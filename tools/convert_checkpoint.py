@@ -46,9 +46,9 @@ missing; 74 cannot be written. Nothing is written unless the code is 0.
 """
 
 
-def main() -> int:
-    """Run the command line; returns the exit code."""
-    arguments = _parser().parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
     try:
         return int(arguments.handle(arguments))
     except RecipeError as error:
