@@ -21,7 +21,7 @@ from mmtrain.models.census import (
 )
 from mmtrain.models.families import spec_of
 from mmtrain.models.spec import BatchShape, ModelSpec
-from mmtrain.settings import Precision, Recipe, Recompute
+from mmtrain.settings import Phase, Precision, Recipe, Recompute
 
 GIB, MIB = 2.0**30, 2.0**20
 _MASTER_AND_MOMENTS = 12  # bytes a trained number: float32 weight and two Adam moments
@@ -111,14 +111,21 @@ class Facts:
     def _activations(self, layers: range, stage: int, dims: ParallelDims) -> float:
         """Numbers kept for the backward pass: the input and output of every matrix.
 
+        Nothing is kept below the first layer that is trained.
         With 1F1B, stage s of S keeps up to S - s micro-batches. Recomputation keeps the input of
         every layer, and one layer in full while its backward runs.
         """
-        full = [self._kept(self.census[i], self.flops[i], dims.tensor) for i in layers]
+        full = [
+            self._kept(self.census[i], self.flops[i], dims.tensor)
+            for i in layers
+            if self.passes[i] > 1
+        ]
         in_flight = min(dims.pipeline - stage, accumulation(self.recipe, dims.data))
         if self.recipe.parallel.recompute is Recompute.none:
             return in_flight * sum(both for _, both in full)
-        return in_flight * sum(first for first, _ in full) + max(both for _, both in full)
+        return in_flight * sum(first for first, _ in full) + max(
+            (both for _, both in full), default=0.0
+        )
 
     def _kept(self, layer: LayerCensus, flops: float, tensor: int) -> tuple[float, float]:
         """Numbers in the input of a layer, and in the inputs and outputs of all its matrices."""
@@ -141,8 +148,15 @@ def collect(recipe: Recipe) -> Facts:
     """Count a recipe that has no faults."""
     spec = spec_of(recipe.family, recipe.phase)
     packs = recipe.train.micro_batch_packs
-    shape = BatchShape(recipe.data.pack_tokens * packs, recipe.data.pack_images * packs)
+    shape = BatchShape(positions_of_a_pack(recipe) * packs, recipe.data.pack_images * packs)
     return Facts(recipe, spec, take_census(spec, recipe.model), spec.flops(recipe.model, shape))
+
+
+def positions_of_a_pack(recipe: Recipe) -> int:
+    """Rows that a pack gives the model; in the decoder phase the condition of one picture."""
+    if recipe.phase is Phase.decoder:
+        return int(recipe.model.conditions)
+    return recipe.data.pack_tokens
 
 
 def accumulation(recipe: Recipe, data_ranks: int) -> int:
@@ -202,12 +216,13 @@ def plan(recipe: Recipe, world_size: int) -> str:
     again = 0 if parallel.recompute is Recompute.none else 1
     done = sum(p * f for p, f in zip(facts.passes, facts.flops, strict=True))
     passes = again + done / sum(facts.flops)
-    tokens = recipe.train.global_batch_packs * recipe.data.pack_tokens
+    positions = positions_of_a_pack(recipe)
+    tokens = recipe.train.global_batch_packs * positions
     lines = [
         f"{world_size} ranks = tensor {dims.tensor} x pipeline {dims.pipeline} x data {dims.data}; "
         f"{_layout(recipe)}",
         f"step: {recipe.train.global_batch_packs} packs = {dims.data} data ranks x {micro} "
-        f"micro-batches x {recipe.train.micro_batch_packs} packs of {recipe.data.pack_tokens} "
+        f"micro-batches x {recipe.train.micro_batch_packs} packs of {positions} "
         f"positions = {tokens:,} positions",
         f"work: {per_step * passes / 1e12:,.4g} TFLOP a step at most, {passes:.3g} passes "
         f"(forward, backward{', recomputation' if again else ''})",
@@ -280,6 +295,8 @@ def _layout(recipe: Recipe) -> str:
 
 def _batch(recipe: Recipe) -> str:
     train, data = recipe.train, recipe.data
+    if recipe.phase is Phase.decoder:
+        return f"batch: {train.steps:,} steps of {train.global_batch_packs:,} pictures"
     return (
         f"batch: {train.steps:,} steps of {train.global_batch_packs} packs of {data.pack_tokens} "
         f"positions and up to {data.pack_images} images"

@@ -8,7 +8,7 @@ import math
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from mmtrain import evaluation_faults
+from mmtrain import decoder_faults, evaluation_faults
 from mmtrain.data.lengths import folder_name
 from mmtrain.data.rules import Rule
 from mmtrain.data.vocabulary import ASSISTANT, USER, load_vocabulary
@@ -18,7 +18,7 @@ from mmtrain.layout.names import covers
 from mmtrain.models.census import LayerCensus, take_census
 from mmtrain.models.spec import ModelSpec
 from mmtrain.schema import join, suggestion
-from mmtrain.settings import Recipe, SourceConfig
+from mmtrain.settings import Decay, Phase, Recipe, ScheduleConfig, SourceConfig
 
 # (key, least allowed, most allowed) of numbers that have a range of their own
 _RANGES: tuple[tuple[str, float, float], ...] = (
@@ -66,6 +66,8 @@ def problems(recipe: Recipe, spec: ModelSpec, world_size: int | None = None) -> 
                 "given without train.initialize_from; there are no rows to make new ones of",
             )
         )
+    if recipe.phase is Phase.decoder:
+        found += decoder_faults.problems(recipe)
     return [*found, *_losses(recipe, spec), *_sources(recipe), *evaluation_faults.problems(recipe)]
 
 
@@ -92,6 +94,9 @@ def _numbers(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(
                 join("optimizer.learning_rates", pattern), f"found {rate}; allowed: 0 or more"
             )
+    if not 0 <= recipe.train.ema < 1:
+        yield Problem("train.ema", f"found {recipe.train.ema}; allowed: 0 or more, below 1")
+    yield from _steps(recipe.schedule)
     if recipe.schedule.warmup_steps > recipe.train.steps:
         yield Problem(
             "schedule.warmup_steps",
@@ -100,6 +105,22 @@ def _numbers(recipe: Recipe) -> Iterator[Problem]:
         )
     if not recipe.name or recipe.name != Path(recipe.name).name:
         yield Problem("name", f"found {recipe.name!r}; wanted: a folder name without slashes")
+
+
+def _steps(schedule: ScheduleConfig) -> Iterator[Problem]:
+    for step, factor in schedule.steps.items():
+        if not step.isdecimal() or not factor >= 0:
+            yield Problem(
+                join("schedule.steps", step),
+                f"found {factor}; wanted: a step number and a factor of the peak, as in "
+                "{10000: 0.5}",
+            )
+    if bool(schedule.steps) != (schedule.decay is Decay.steps):
+        yield Problem(
+            "schedule.steps",
+            f"found {len(schedule.steps)} steps with schedule.decay = {schedule.decay.name}; the "
+            "decay steps needs them, the others do not read them",
+        )
 
 
 def _layout(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:

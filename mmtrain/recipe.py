@@ -18,7 +18,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mmtrain import faults
+from mmtrain import decoder_faults, faults
 from mmtrain.errors import Problem, RecipeError
 from mmtrain.models.families import FAMILIES, spec_of
 from mmtrain.models.spec import ModelSpec
@@ -80,14 +80,27 @@ def examine(
         return Examined(None, tuple(found))
     late = faults.problems(recipe, spec, world_size)
     found += [p for p in late if not _mentions(p, reader.doubtful)]
-    missing = [p for p in faults.missing_files(recipe, spec) if not _mentions(p, reader.doubtful)]
+    missing = [p for p in _missing(recipe, spec) if not _mentions(p, reader.doubtful)]
     return Examined(recipe, tuple(found), tuple(missing))
+
+
+def _missing(recipe: Recipe, spec: ModelSpec) -> list[Problem]:
+    missing = list(faults.missing_files(recipe, spec))
+    if recipe.phase is Phase.decoder:
+        missing += decoder_faults.missing(recipe, _other)
+    return missing
+
+
+def _other(path: Path) -> tuple[Recipe | None, int]:
+    """The recipe that another run was made by, and how many faults it has."""
+    seen = examine(path)
+    return seen.recipe, len(seen.faults)
 
 
 def problems(recipe: Recipe, world_size: int | None = None) -> list[Problem]:
     """Every fault of a well-typed recipe; see `mmtrain.faults`."""
     spec = spec_of(recipe.family, recipe.phase)
-    return [*faults.problems(recipe, spec, world_size), *faults.missing_files(recipe, spec)]
+    return [*faults.problems(recipe, spec, world_size), *_missing(recipe, spec)]
 
 
 def to_yaml(recipe: Recipe) -> str:

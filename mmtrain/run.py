@@ -30,9 +30,11 @@ from mmtrain.data.rules import RuleOptions
 from mmtrain.data.sources import open_source
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
+from mmtrain.decoder_job import DecoderJob, look_at_pairs
+from mmtrain.decoding import Samples
 from mmtrain.errors import ExitCode
 from mmtrain.evaluate import session
-from mmtrain.facts import Facts, collect
+from mmtrain.facts import Facts, collect, positions_of_a_pack
 from mmtrain.initial import initial_weights
 from mmtrain.layout.dims import ParallelDims, dims_for
 from mmtrain.layout.ranks import launched
@@ -40,7 +42,7 @@ from mmtrain.models.families import spec_of
 from mmtrain.models.spec import BatchShape, ModelSpec
 from mmtrain.parallel.build import Builder, Construction, Fold, Stage, canonical_parameters
 from mmtrain.parallel.mesh import Mesh, open_mesh
-from mmtrain.settings import Precision, Recipe, Recompute, SourceConfig
+from mmtrain.settings import Phase, Precision, Recipe, Recompute, SourceConfig
 from mmtrain.train import loop
 from mmtrain.train.ema import Ema
 from mmtrain.train.engine import Engine, EngineSettings, FoldEngine, StageEngine
@@ -312,6 +314,8 @@ def _parts(
     setting: Setting, mesh: Mesh, engine: Engine, ema: Ema | None, state: TrainState
 ) -> loop.Parts:
     recipe = setting.recipe
+    if recipe.phase is Phase.decoder:
+        return _decoder_parts(setting, mesh, engine, ema, state)
     reads = mesh.is_first_stage or mesh.is_last_stage
     loader = _loader(setting, mesh, state) if reads else None
     draws = partial(draw_pack, vocabulary=setting.vocabulary, layout=setting.layout, width=520)
@@ -324,6 +328,33 @@ def _parts(
         draw=(lambda batches: draws(batches[0])) if mesh.rank == 0 else None,
         save=partial(_save, setting, engine, ema, loader),
         ema=ema,
+        evaluate=_evaluation(setting, mesh, reporter),
+    )
+
+
+def _decoder_parts(
+    setting: Setting, mesh: Mesh, engine: Engine, ema: Ema | None, state: TrainState
+) -> loop.Parts:
+    """The same for the decoder phase, whose samples go through frozen models first."""
+    recipe = setting.recipe
+    job = DecoderJob(
+        recipe,
+        Samples(recipe, setting.vocabulary, setting.layout, mesh.device),
+        open_sources(setting, recipe.data.sources),
+        open_sources(setting, recipe.data.heldout),
+        mesh,
+    )
+    loader = job.loader(state)
+    reporter = _reporter(setting, mesh, state) if mesh.rank == 0 else None
+    return loop.Parts(
+        engine=engine,
+        batches=job.samples.batches(loader.steps()),
+        heldout=tuple(job.heldout()) if recipe.validate.every_steps else (),
+        reporter=reporter,
+        draw=None,
+        save=partial(_save, setting, engine, ema, loader),
+        ema=ema,
+        sketch=job.sketcher(engine, ema, setting.shapes, setting.folder / "samples"),
         evaluate=_evaluation(setting, mesh, reporter),
     )
 
@@ -379,7 +410,7 @@ def _reporter(setting: Setting, mesh: Mesh, state: TrainState) -> Reporter:
             (layer.name.partition(".")[0], passes)
             for layer, passes in zip(setting.facts.census, setting.facts.passes, strict=True)
         ),
-        pack_tokens=recipe.data.pack_tokens,
+        pack_tokens=positions_of_a_pack(recipe),
         peak_tflops=peak * mesh.dims.world_size,
         peak_source=source,
     )
@@ -395,6 +426,10 @@ def look(recipe: Recipe, packs: int, out: Path) -> int:
     setting = read_setting(recipe)
     sources = open_sources(setting, recipe.data.sources)
     mixture = Mixture(sources, seed=recipe.seed, shuffle=recipe.data.shuffle)
+    out.mkdir(parents=True, exist_ok=True)
+    if recipe.phase is Phase.decoder:
+        samples = Samples(recipe, setting.vocabulary, setting.layout, torch.device("cpu"))
+        return look_at_pairs(samples, mixture, packs, out)
     plan = make_plan(setting, mixture)
     assembler = Assembler(
         sources=sources,
@@ -402,7 +437,6 @@ def look(recipe: Recipe, packs: int, out: Path) -> int:
         layout=setting.layout,
         pack_tokens=recipe.data.pack_tokens,
     )
-    out.mkdir(parents=True, exist_ok=True)
     for number in range(packs):
         batch, failures, _ = assembler.batch([plan.pack(number)])
         path = out / f"pack-{number:05d}.png"

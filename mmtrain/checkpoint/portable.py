@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mmtrain.checkpoint import store
-from mmtrain.checkpoint.manifest import Manifest
+from mmtrain.checkpoint.manifest import Manifest, sampled_hash
 from mmtrain.checkpoint.tensorfile import DTYPES, INDEX, TensorInfo, write_sharded
 from mmtrain.errors import ContentError, MissingError, StorageError
 from mmtrain.layout.plan import Slice
@@ -236,6 +236,14 @@ def checkpoint_of(path: Path) -> Path | None:
         f"{path}: holds no weights; expected a run folder with a committed checkpoint, a "
         f"checkpoint (manifest.json) or an export ({INDEX})"
     )
+
+
+def identity(path: Path) -> str:
+    """Hex hash by which the weights that `open_tensors` reads are told from others."""
+    checkpoint = checkpoint_of(path)
+    if checkpoint is not None:  # its manifest holds the hash of every file
+        return sampled_hash([checkpoint / "manifest.json"])
+    return sampled_hash(sorted([path / INDEX, *path.glob("*.safetensors")]))
 
 
 def _open(path: Path, kind: type[CheckpointTensors]) -> FullTensors:

@@ -5,8 +5,9 @@ What the frozen models make of a document does not change while the decoder is t
 
     manifest.json               what it was made by and of; a run with anything else is refused
     null.safetensors            the rows that stand for no condition
-    SOURCE/START-STOP/          MDS shards: one row for each document START .. STOP - 1 in stored
-                                order, so that a document is found by its number
+    KEY/START-STOP/             MDS shards: one row for each document START .. STOP - 1 of a source
+                                in stored order, so that a document is found by its number; the
+                                key is the source's name, the hash of its shards and `max_tokens`
 
 Parts of a source may be written by several processes; each appears whole or not at all.
 
@@ -15,7 +16,7 @@ Q condition rows a picture   D their width   C channels, h x w size of what is d
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from mmtrain.data.fetch import HASH
 from mmtrain.data.images import DecodeError
+from mmtrain.data.mixture import Source
 from mmtrain.data.shards import Rows, open_rows, storage_errors, temporary_folder
 from mmtrain.errors import ContentError, MissingError, StorageError
 
@@ -59,7 +61,6 @@ class Origin:
         null: prompt or zeros.
         vae: hash of the VAE, or "" for pixels.
         fit: how pictures become squares.
-        sources: name -> hash of the documents' shards and the longest sequence they were cut to.
     """
 
     language: str
@@ -69,7 +70,6 @@ class Origin:
     null: str
     vae: str
     fit: str
-    sources: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,59 +165,51 @@ class Cache:
     def stale(self, origin: Origin) -> list[str]:
         """What differs between the cache and what a run needs, in words."""
         has, needs = asdict(self.origin), asdict(origin)
-        differs = [
+        return [
             f"{key}: made with {_short(has[key])}, the recipe has {_short(needs[key])}"
             for key in needs
-            if key != "sources" and has[key] != needs[key]
+            if has[key] != needs[key]
         ]
-        for name, source in origin.sources.items():
-            if has["sources"].get(name) != source:
-                differs.append(f"source {name}: " + self._about(name))
-        return differs
 
-    def _about(self, name: str) -> str:
-        there = name in self.origin.sources
-        return "other documents or another max_tokens" if there else "not in the cache"
-
-    def source(self, name: str, documents: int) -> KnownSource:
+    def source(self, key: str, documents: int) -> KnownSource:
         """Everything known of a source of so many documents.
 
         Raises:
             MissingError: parts are missing; says which documents.
         """
-        found = sorted(self._parts(name))
+        found = sorted(self._parts(key))
         reached = 0
         for start, stop, _ in found:
             if start == reached:
                 reached = stop
         if reached != documents:
             raise MissingError(
-                f"{self.folder / name}: documents from {reached} on are not there ({documents} in "
+                f"{self.folder / key}: documents from {reached} on are not there ({documents} in "
                 "the source); run tools/encode_latents.py again, it makes what is missing"
             )
         parts = tuple(open_rows(path, COLUMNS) for _, _, path in found)
         return KnownSource(self.form, tuple(start for start, _, _ in found), parts)
 
-    def _parts(self, name: str) -> Iterator[tuple[int, int, Path]]:
-        folder = self.folder / name
+    def _parts(self, key: str) -> Iterator[tuple[int, int, Path]]:
+        folder = self.folder / key
         for path in folder.iterdir() if folder.is_dir() else ():
             match = _PART.fullmatch(path.name)
             if match:
                 yield int(match[1]), int(match[2]), path
 
-    def has(self, name: str, start: int, stop: int) -> bool:
+    def has(self, key: str, start: int, stop: int) -> bool:
         """Whether a part is there."""
-        return self._place(name, start, stop).is_dir()
+        return self._place(key, start, stop).is_dir()
 
     def write(
-        self, name: str, start: int, stop: int, rows: Iterable[tuple[str, Known | None]]
+        self, key: str, start: int, stop: int, rows: Iterable[tuple[str, Known | None]]
     ) -> None:
         """Write the part of documents start .. stop - 1: (sample id, what is known or None).
 
         Raises:
             StorageError: it cannot be written; nothing half-written stays.
         """
-        with temporary_folder(self._place(name, start, stop)) as partial:
+        with temporary_folder(self._place(key, start, stop)) as partial:
             with storage_errors(partial):
                 writer = MDSWriter(
                     columns=COLUMNS, out=str(partial), hashes=[HASH], size_limit=_SHARD_BYTES
@@ -232,8 +224,8 @@ class Cache:
                 writer.cancel_future_jobs()
                 raise
 
-    def _place(self, name: str, start: int, stop: int) -> Path:
-        return self.folder / name / f"{start:012d}-{stop:012d}"
+    def _place(self, key: str, start: int, stop: int) -> Path:
+        return self.folder / key / f"{start:012d}-{stop:012d}"
 
     def _row(self, sample_id: str, known: Known | None) -> dict[str, Any]:
         if known is None:
@@ -283,6 +275,15 @@ def begin(folder: Path, origin: Origin, form: Form, null_QD: Tensor) -> Cache:
     return Cache(folder)
 
 
-def known_sources(cache: Cache, documents: Mapping[str, int]) -> dict[str, KnownSource]:
-    """What a cache knows of sources (name -> number of documents)."""
-    return {name: cache.source(name, count) for name, count in documents.items()}
+def key_of(source: Source) -> str:
+    """Folder of a source: what it is called, its documents, and where sequences are cut."""
+    return f"{source.name}-{source.lengths.dataset[:12]}-{source.options.max_positions}"
+
+
+def known_sources(cache: Cache, sources: Sequence[Source]) -> dict[str, KnownSource]:
+    """What a cache knows of sources, by name.
+
+    Raises:
+        MissingError: it does not know all documents of a source.
+    """
+    return {source.name: cache.source(key_of(source), len(source.lengths)) for source in sources}

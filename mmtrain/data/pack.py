@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mmtrain.data.mixture import Draws
+from mmtrain.data.mixture import DrawnDocument, Draws
 from mmtrain.data.rules import WRAPPER_POSITIONS, Draw, RuleOptions, Selection, select
 from mmtrain.errors import ContentError
 from mmtrain.nn.noise import seed_of
@@ -218,6 +218,14 @@ class Plan:
         drawn = self.draws.window(start, start + self._window_documents)
         if len(drawn) < self._window_documents:
             self._last_window = window
+        documents, cuts = self._planned(drawn)
+        self._count(window, cuts)
+        return documents
+
+    def _planned(
+        self, drawn: Sequence[DrawnDocument]
+    ) -> tuple[list[PlannedDocument], dict[str, Cuts]]:
+        """What the rules take of some draws, and what they cut, by source."""
         documents = []
         cuts: dict[str, Cuts] = {}
         for item in drawn:
@@ -238,8 +246,7 @@ class Plan:
                         seed_of("noise", *key),
                     )
                 )
-        self._count(window, cuts)
-        return documents
+        return documents, cuts
 
     def _count(self, window: int, cuts: Mapping[str, Cuts]) -> None:
         """Keep what a window cut, once, and tell."""

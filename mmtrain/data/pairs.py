@@ -64,6 +64,11 @@ class PairPlan(Plan):
         )
         self._longest_text = longest_text
 
+    def pairs(self, start: int, stop: int) -> list[PlannedDocument]:
+        """The pairs among draws [start, stop), in order."""
+        documents, _ = self._planned(self.draws.window(start, stop))
+        return [document for document in documents if self._is_pair(document)]
+
     def _arrange(
         self, documents: list[PlannedDocument], window: int
     ) -> list[tuple[PlannedDocument, ...]]:
@@ -111,8 +116,9 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Pair:
-    """One sample of `Pairs`."""
+    """One sample of `Pairs`; `name` is its source and id."""
 
+    name: str
     prompt: tuple[int, ...]
     pixels: Tensor | None = None
     seen: Tensor | None = None
@@ -154,24 +160,21 @@ class PairAssembler:
     def batch(self, plans: Sequence[PackPlan]) -> tuple[Pairs, tuple[Failure, ...], int]:
         """One micro-batch of several pairs, what failed, and how many were planned."""
         planned = [document for plan in plans for document in plan.documents]
+        found, failures = self.read(planned)
+        numbers = tuple(plan.number for plan in plans)
+        return self.merge(found, numbers), tuple(failures), len(planned)
+
+    def read(self, planned: Sequence[PlannedDocument]) -> tuple[list[Pair], list[Failure]]:
+        """Samples in order, without those that failed, and what failed."""
         found: list[Pair] = []
-        names: list[str] = []
         failures: list[Failure] = []
         for document in planned:
-            source = self.sources[document.source].name
             try:
                 found.append(self.pair(document))
-                names.append(f"{source}/{document.sample_id}")
             except images.DecodeError as error:
-                failures.append(Failure(source, document.sample_id, str(error)))
-        info = BatchInfo(
-            pack_numbers=tuple(plan.number for plan in plans),
-            sample_ids=tuple(names),
-            tokens=len(found) * self.layout.visual_tokens,
-            images=len(found),
-            slots=len(plans) * self.layout.visual_tokens,
-        )
-        return self._merge(found, info, len(plans)), tuple(failures), len(planned)
+                name = self.sources[document.source].name
+                failures.append(Failure(name, document.sample_id, str(error)))
+        return found, failures
 
     def pair(self, planned: PlannedDocument) -> Pair:
         """One sample.
@@ -183,6 +186,7 @@ class PairAssembler:
         document = source.documents.document(planned.number)
         draw = Draw(planned.noise, "diffusion")
         sample = Pair(
+            name=f"{source.name}/{planned.sample_id}",
             prompt=self.prompt(document, planned),
             noise=self._noise(planned.noise),
             timestep=draw.below(self.steps),
@@ -208,9 +212,10 @@ class PairAssembler:
     def _noise(self, seed: int) -> Tensor:
         return torch.randn(2, *self.shape, generator=torch.Generator().manual_seed(seed))
 
-    def _merge(self, found: Sequence[Pair], info: BatchInfo, slots: int) -> Pairs:
-        """Samples and then padding up to `slots`."""
-        empty = Pair((self.layout.bos,), noise=torch.zeros(2, *self.shape))
+    def merge(self, found: Sequence[Pair], pack_numbers: tuple[int, ...]) -> Pairs:
+        """Samples, then padding up to the number of packs."""
+        slots = len(pack_numbers)
+        empty = Pair("", (self.layout.bos,), noise=torch.zeros(2, *self.shape))
         rows = [*found, *[empty] * (slots - len(found))]
         real = torch.arange(slots) < len(found)
         blank = None if self.known else torch.zeros(3, self.side, self.side)
@@ -227,7 +232,13 @@ class PairAssembler:
             dropped_N=torch.tensor([row.dropped for row in rows]),
             weights_N=real.float(),
             origins_N=torch.tensor([row.origin for row in rows]),
-            info=info,
+            info=BatchInfo(
+                pack_numbers=pack_numbers,
+                sample_ids=tuple(sample.name for sample in found),
+                tokens=len(found) * self.layout.visual_tokens,
+                images=len(found),
+                slots=slots * self.layout.visual_tokens,
+            ),
         )
 
     def _known(self, rows: Sequence[Pair]) -> Known:

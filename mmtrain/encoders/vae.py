@@ -7,7 +7,6 @@ they have about unit variance.
 N pictures   S pixels a side   C latent channels   s = S / factor
 """
 
-import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -18,12 +17,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from mmtrain.checkpoint.manifest import sampled_hash
 from mmtrain.errors import ContentError, MissingError
 
 _CONFIG = "config.json"
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _BATCH = 16  # pictures at a time: a 512 px picture takes about 1 GB of activations
-_SAMPLED_BYTES, _SAMPLES = 1 << 16, 16
 
 
 @dataclass(frozen=True)
@@ -65,20 +64,9 @@ def read_facts(folder: Path) -> VaeFacts:
 
 
 def identity(folder: Path) -> str:
-    """Hex hash by which a VAE is told from another: its config, and samples of its weights."""
-    digest = hashlib.sha256((folder / _CONFIG).read_bytes())
-    for name in _WEIGHTS:
-        path = folder / name
-        if not path.is_file():
-            continue
-        size = path.stat().st_size
-        digest.update(f"{name} {size}\n".encode())
-        with path.open("rb") as file:
-            for part in range(_SAMPLES):
-                file.seek(part * size // _SAMPLES)
-                digest.update(file.read(_SAMPLED_BYTES))
-        break
-    return digest.hexdigest()
+    """Hex hash by which a VAE is told from another."""
+    files = [folder / name for name in (_CONFIG, *_WEIGHTS)]
+    return sampled_hash([path for path in files if path.is_file()])
 
 
 class Vae:
