@@ -17,7 +17,7 @@ from mmtrain.convert.release import Adapters
 from mmtrain.convert.sources import open_source, read_json
 from mmtrain.errors import ContentError
 from mmtrain.models.emu.names import LINEARS, LLAMA, PEFT_PREFIX, without_peft
-from mmtrain.models.emu.sizes import sizes_of
+from mmtrain.models.emu.sizes import lora_of
 from mmtrain.nn.lora import LoraConfig, adapted_weights, is_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -53,7 +53,7 @@ def read_adapters(path: Path, base: Canonical | None, adapters: Adapters) -> Pla
     source = open_source(path, ("adapter_model",)).renamed(without_peft)
     draft = Draft(source, "a LoRA adapter of a LLaMA").read(LLAMA)
     _check_adapters(draft, lora)
-    lora = replace(lora, targets=sizes_of(made_shapes(draft)).config.lora.targets)
+    lora = replace(lora, targets=lora_of(made_shapes(draft)).targets)
     if base is None:
         if adapters is Adapters.merge:
             raise ContentError(f"{path}: nothing to merge into; name the base (--base FOLDER)")
@@ -65,12 +65,13 @@ def read_adapters(path: Path, base: Canonical | None, adapters: Adapters) -> Pla
         for name in base.source.infos:
             draft.add(copy_of(base.source, name))
         description = replace(base.description, lora=described_lora(lora))
-        if base.dropped is not None:
-            draft.remarks.append("what the base keeps aside (dropped.safetensors) is not copied")
         if adapters is Adapters.merge:
             draft.merge_adapters(lora.scale)
             description = replace(description, lora=None)
-    return draft.plan(f"{path} -> full tensors", {DESCRIPTION: description.text()})
+    plan = draft.plan(f"{path} -> full tensors", {DESCRIPTION: description.text()})
+    if base is None or base.dropped is None:
+        return plan
+    return replace(plan, kept=tuple(copy_of(base.dropped, n) for n in base.dropped.infos))
 
 
 def write_adapters(folder: Canonical, alpha: float | None) -> Plan:

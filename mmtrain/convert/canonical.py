@@ -11,7 +11,7 @@ from mmtrain.convert.sources import Source, open_file
 from mmtrain.convert.writing import DROPPED
 from mmtrain.errors import ContentError
 from mmtrain.models.emu.config import EmuConfig
-from mmtrain.models.emu.sizes import Sizes, expected_shapes, sizes_of
+from mmtrain.models.emu.sizes import Sizes, expected_shapes, lora_of, sizes_of
 from mmtrain.nn.lora import LoraConfig
 
 EVERYTHING = ("vision", "vision_norm", "causal", "embed", "blocks", "head")
@@ -50,7 +50,7 @@ class Canonical:
 
     def lora(self, alpha: float | None) -> LoraConfig:
         """Adapters: rank and targets by shape, alpha as described or given."""
-        found = sizes_of(shapes_of(self.source)).config.lora
+        found = lora_of(shapes_of(self.source))
         known = (self.description.lora or {}).get("alpha", found.alpha)
         return replace(found, alpha=known if alpha is None else alpha)
 

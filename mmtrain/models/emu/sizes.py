@@ -72,7 +72,7 @@ def sizes_of(shapes: Shapes, head_width: int | None = None) -> Sizes:
     if any(name.startswith("blocks.") for name in shapes):
         sections["language"] = _language(shapes, head_width, guesses)
     found = tuple(sections)
-    sections["lora"] = _lora(shapes)
+    sections["lora"] = lora_of(shapes)
     return Sizes(EmuConfig(**sections), found, frozenset(guesses))
 
 
@@ -139,8 +139,8 @@ def _language(shapes: Shapes, head_width: int | None, guesses: set[str]) -> Lang
     )
 
 
-def _lora(shapes: Shapes) -> LoraConfig:
-    """Rank and targets of the adapters; A is [rank, inputs]."""
+def lora_of(shapes: Shapes) -> LoraConfig:
+    """Rank and targets of the adapters among these names; A is [rank, inputs]."""
     pattern = r"blocks\.\d+\.\w+\.(\w+)_lora\.a\.weight"
     found = {name: hit[1] for name in shapes if (hit := re.fullmatch(pattern, name))}
     if not found:
