@@ -1,6 +1,7 @@
 """Every recipe that comes with the project is sound, and its size is known exactly."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ RECIPES = sorted(ROOT.joinpath("configs").rglob("*.yaml"))
 # exact parameter counts; a new recipe adds its own
 COUNTS = {
     "emu/tiny": 119_808,
+    "emu/tiny_instruct": 122_880,
     "emu/demo": 1_628_160,
     "emu/25m": 25_211_136,
     "emu/100m_pretrain": 107_569_920,
     "emu/7b_pretrain": 7_894_617_600,
     "emu/14b_pretrain": 14_182_299_136,
+    "emu/14b_instruct": 14_208_534_016,
 }
 
 
@@ -36,7 +39,8 @@ def test_every_recipe_lacks_nothing_but_its_data(
 ) -> None:
     seen = examine(path)
     assert seen.faults == ()
-    assert all(problem.place.startswith("data.") for problem in seen.missing)
+    inputs = ("data.", "train.initialize_from")
+    assert all(problem.place.startswith(inputs) for problem in seen.missing)
     assert seen.recipe is not None
     numbers = collect(seen.recipe).numbers
     name = str(path.relative_to(ROOT / "configs").with_suffix(""))
@@ -77,6 +81,28 @@ def test_14b_has_the_published_hyper_parameters() -> None:
     assert recipe.schedule.decay is Decay.cosine
     assert recipe.train.precision is Precision.bf16
     assert recipe.model.vision.image_size == 224
+
+
+def test_instruction_tuning_trains_the_adapters_of_the_release_and_nothing_else() -> None:
+    recipe, base = read("emu/14b_instruct"), read("emu/14b_pretrain")
+    facts = collect(recipe)
+    assert facts.trained_numbers == 26_214_400  # the release's LoRA values
+    assert facts.numbers - facts.trained_numbers - collect(base).numbers == 2 * 2 * 5120
+    assert len(facts.trained_shapes) == 40 * 4 * 2
+    assert (recipe.train.steps, recipe.schedule.warmup_steps) == (10_000, 500)
+    assert recipe.optimizer.learning_rate == 1e-5 and not recipe.optimizer.learning_rates
+    assert recipe.train.loss_weights == {"text": 1.0, "image": 0.0}
+    # encoders are one pass, blocks a forward and a gradient of their input
+    names = [layer.name for layer in facts.census]
+    passes = dict(zip(names, facts.passes, strict=True))
+    assert passes["vision.blocks.3"] == passes["embed"] == 1
+    assert passes["blocks.0"] == passes["blocks.39"] == pytest.approx(2, abs=0.01)
+    assert passes["head"] == 2
+    assert "1.81 passes" in plan(recipe, 16)
+    # stages are balanced over the work of a step, in which frozen encoders count once
+    staged = replace(recipe, parallel=base.parallel)
+    assert names[collect(staged).bounds()[0]] == "blocks.18"
+    assert names[collect(base).bounds()[0]] == "blocks.15"
 
 
 def test_a_small_rate_means_the_same_part_in_every_size() -> None:

@@ -8,6 +8,7 @@ import pytest
 from mmtrain.facts import Facts, accumulation, bubble, collect, describe, plan
 from mmtrain.layout.balance import stage_ranges
 from mmtrain.layout.dims import ParallelDims
+from mmtrain.nn.lora import LoraConfig
 from mmtrain.recipe import examine
 from mmtrain.settings import Recipe, Recompute
 
@@ -68,6 +69,25 @@ def test_frozen_parameters_have_no_gradients(recipe: Recipe) -> None:
     memory = facts.memory(0, ParallelDims())
     assert memory.weights - memory.gradients == 4 * vision
     assert "frozen" in describe(frozen)
+
+
+def test_below_the_first_trained_layer_nothing_is_kept_and_one_pass_is_made(
+    recipe: Recipe,
+) -> None:
+    model = replace(recipe.model, lora=LoraConfig(rank=4))
+    tuned = collect(replace(recipe, model=model))
+    whole = collect(recipe)
+    layers = {layer.name: i for i, layer in enumerate(tuned.census)}
+    assert set(whole.passes) == {3.0}
+    assert {tuned.passes[i] for name, i in layers.items() if "blocks" not in name} <= {1.0, 2.0}
+    block = tuned.census[layers["blocks.1"]]
+    share = sum(32 * 4 * 2 for _ in "qkvo") / block.count
+    assert tuned.passes[layers["blocks.1"]] == pytest.approx(2 + share)
+    assert tuned.trained_numbers == 3 * 4 * 2 * 32 * 4
+    split = ParallelDims(pipeline=2)
+    assert tuned.memory(0, ParallelDims()).activations < whole.memory(0, split).activations
+    text = describe(tuned.recipe)
+    assert "3,072" in text and "frozen, 0.001" in text
 
 
 def test_recomputation_keeps_less(recipe: Recipe) -> None:
