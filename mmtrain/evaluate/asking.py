@@ -93,7 +93,7 @@ def ask(trained: Trained, found: ExampleSet, manner: Manner, support: Support | 
         examples, prompts = [], []
         for example in found.examples[start : start + BATCH]:
             try:
-                row = _row(trained, example, manner, support, asked)
+                row = row_of(trained, example, manner, support, asked)
                 prompts.append(trained.prompt(laid_out(trained, row, manner.system)))
                 examples.append(example)
             except ContentError as error:
@@ -134,7 +134,7 @@ def contents(row: Row) -> tuple[str | Part, ...]:
     )
 
 
-def _row(
+def row_of(
     trained: Trained, example: Example, manner: Manner, support: Support | None, asked: Asked
 ) -> Row:
     """The prompt of an example, with as many shots as fit."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mmtrain.data.document import CHAT, Part
 from mmtrain.data.picture import draw_rows
@@ -136,6 +137,11 @@ def chat(name: str, config: TaskConfig, subject: Subject) -> Iterator[Result]:
     for start in range(0, len(turns), BATCH):
         chunk = turns[start : start + BATCH]
         asked.answers += _replies(trained, chunk, beams, asked)
+    yield judge_replies(name, config, asked)
+
+
+def judge_replies(name: str, config: TaskConfig, asked: Asked) -> Result:
+    """What answers of conversations are worth."""
     outcomes, records = [], []
     for example, written in asked.answers:
         true = example.answers[0]
@@ -149,7 +155,7 @@ def chat(name: str, config: TaskConfig, subject: Subject) -> Iterator[Result]:
         "accuracy": _mean(right for _, right in outcomes),
         "exact": _mean(bool(record["exact"]) for record in records),
     }
-    yield _result(name, config, asked, outcomes, metrics, records, ("source", "question"))
+    return _result(name, config, asked, outcomes, metrics, records, ("source", "question"))
 
 
 def _replies(
