@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmtrain.checkpoint import store
@@ -198,15 +198,30 @@ class ExportedTensors:
 
 
 def _info(path: Path, key: str) -> TensorInfo:
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         found = file.get_slice(key)
         return TensorInfo(tuple(found.get_shape()), DTYPES[found.get_dtype()])
 
 
 def _read(path: Path, key: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         tensor: Tensor = file.get_tensor(key)
         return tensor
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise MissingError(
+            f"{path}: not found, the files beside it say it is there; copy the whole folder"
+        ) from error
+    except SafetensorError as error:
+        raise ContentError(
+            f"{path}: cut off or damaged ({error}); copy it again, or export the weights again"
+        ) from error
 
 
 def open_tensors(path: Path) -> FullTensors:

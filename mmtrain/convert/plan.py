@@ -209,7 +209,7 @@ class Draft:
                 f"{self.source.path}: none of its {len(names)} tensors has a name of {self.what} "
                 f"(found {', '.join(names[:3])}, ...){hint}"
             )
-        if names and (looks := kind_of(names)):
+        if 2 * len(names) > len(self.source.infos) and (looks := kind_of(names)):
             self.faults.append(f"{len(names)} of its names look like {looks}")
         self.faults += [f"{name} ({self.source.infos[name]}): unknown name" for name in names]
 
