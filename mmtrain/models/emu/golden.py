@@ -24,9 +24,10 @@ from mmtrain.errors import MissingError
 from mmtrain.models.emu.config import CausalConfig, EmuConfig, LanguageConfig, VisionConfig
 from mmtrain.models.emu.generate import Prompt
 from mmtrain.models.emu.model import build_plain, parameters
-from mmtrain.models.emu.names import RELEASE, merge_lora
+from mmtrain.models.emu.names import RELEASE, without_peft
 from mmtrain.models.emu.spec import sequence
 from mmtrain.nn.flow import Flow
+from mmtrain.nn.lora import LoraConfig
 from mmtrain.nn.masks import Intervals
 from mmtrain.nn.objectives import IGNORED
 
@@ -157,9 +158,23 @@ class Golden:
         """The LoRA-wrapped instruct model's state dict."""
         return load_file(self.folder / "instruct_weights.safetensors")
 
-    def merged_instruct_weights(self) -> dict[str, Tensor]:
-        """The instruct model's state dict under plain names, adapters merged."""
-        return merge_lora(self.instruct_weights, self.description["instruct"]["scale"])
+    def instructed(self) -> dict[str, nn.Module]:
+        """The instruct model, adapters beside the weights of the folder."""
+        weights = {without_peft(name): t for name, t in self.instruct_weights.items()}
+        config = self.config(self.description["instruct"]["vocab_size"])
+        return load_release(replace(config, lora=self.adapters), weights)
+
+    @property
+    def adapters(self) -> LoraConfig:
+        """Rank, alpha and targets of the instruct model; recorded without dropout."""
+        told = self.description["instruct"]
+        names = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "out"}
+        return LoraConfig(
+            rank=told["lora_r"],
+            alpha=told["lora_alpha"],
+            dropout=0.0,
+            targets=tuple(names[name] for name in told["target_modules"]),
+        )
 
     def pixels(self, index: Tensor) -> Tensor | None:
         """The named images, or None when there are none."""

@@ -27,9 +27,10 @@ from mmtrain.models.emu.golden import (
     prompts_of,
 )
 from mmtrain.models.emu.model import EmuHead, parameters
-from mmtrain.models.emu.names import PEFT_PREFIX, RELEASE
+from mmtrain.models.emu.names import RELEASE, with_peft
 from mmtrain.nn.choice import Beams
 from mmtrain.nn.flow import Flow
+from mmtrain.nn.lora import merged
 from mmtrain.nn.objectives import TokenCrossEntropy, weighted_losses
 
 FEATURES, STATES, LOGITS, MEANS = 1e-6, 1e-5, 2e-5, 2e-6
@@ -245,17 +246,9 @@ def _ranks(golden: Golden, sampler: EmuSampler) -> Iterator[Comparison]:
 
 
 def instruct(golden: Golden) -> Iterator[Comparison]:
-    """The LoRA-wrapped instruct model with its adapters merged; their gradients by the chain rule.
-
-    W' = W + s B A, so dA = s B^T dW' and dB = s dW' A^T.
-    """
+    """The instruct model: adapters as modules beside their weights, and merged into them."""
     recorded, form = golden.instruct, golden.form()
-    merged = golden.merged_instruct_weights()
-    for quantity, weight in recorded.items():
-        if quantity.startswith("merged."):
-            ours = merged["decoder.lm." + quantity.removeprefix("merged.")]
-            yield compare(quantity, ours, weight, MERGED)
-    model = load_release(golden.config(golden.description["instruct"]["vocab_size"]), merged)
+    model = golden.instructed()
     sampler, head = EmuSampler(model, form), cast(EmuHead, model["head"])
     pixels = golden.batch["in.images"][recorded["in.image_index"]]
     rows = pack_rows(recorded["in.input_ids"], recorded["in.attention_mask"], pixels, form)
@@ -267,11 +260,28 @@ def instruct(golden: Golden) -> Iterator[Comparison]:
         "instruct out.hidden", head.norm(hidden_TD), recorded["out.hidden"][real], INSTRUCT
     )
     logits_TV = head.logits(hidden_TD)
-    for name in ("out.logits", "out.merged_logits"):
-        yield compare(f"instruct {name}", logits_TV, recorded[name][real], INSTRUCT)
+    yield compare("instruct out.logits", logits_TV, recorded["out.logits"][real], INSTRUCT)
     yield from _answers(golden, model, rows, logits_TV)
     for found in _greedy(golden, sampler, recorded, "textgen"):
         yield Comparison(f"instruct {found.quantity}", found.error, found.limit)
+    yield from _merged(golden, model, rows)
+
+
+def _merged(
+    golden: Golden, model: Mapping[str, nn.Module], rows: PackedRows
+) -> Iterator[Comparison]:
+    """Weights with adapters folded in, and a plain model with them."""
+    recorded = golden.instruct
+    whole = RELEASE.to_foreign(merged(dict(parameters(model)), golden.adapters.scale))
+    for quantity, weight in recorded.items():
+        if quantity.startswith("merged."):
+            ours = whole["decoder.lm." + quantity.removeprefix("merged.")]
+            yield compare(quantity, ours, weight, MERGED)
+    plain = load_release(golden.config(golden.description["instruct"]["vocab_size"]), whole)
+    hidden_TD = list(fold(plain, rows.flow).values())[-1].hidden
+    logits_TV = cast(EmuHead, plain["head"]).logits(hidden_TD)
+    quantity = "out.merged_logits"
+    yield compare(f"instruct {quantity}", logits_TV, recorded[quantity][rows.real_BL], INSTRUCT)
 
 
 def _answers(
@@ -290,22 +300,17 @@ def _answers(
     yield from _adapters(golden, released_gradients(model, mean))
 
 
-def _adapters(golden: Golden, gradients: Mapping[str, Tensor | None]) -> Iterator[Comparison]:
-    adapters, scale = golden.instruct_weights, golden.description["instruct"]["scale"]
-    ours = {}
-    for name in adapters:
-        if not name.endswith("lora_A.default.weight"):
-            continue
-        stem = name.removesuffix("lora_A.default.weight")
-        whole = gradients[f"{stem}weight".replace(PEFT_PREFIX, "", 1)]
-        assert whole is not None, name
-        other = f"{stem}lora_B.default.weight"
-        ours[name] = scale * adapters[other].T @ whole
-        ours[other] = scale * whole @ adapters[name].T
+def _adapters(golden: Golden, found: Mapping[str, Tensor | None]) -> Iterator[Comparison]:
+    """Gradients of A and B, under the names of the wrapped release."""
+    gradients = {with_peft(name): gradient for name, gradient in found.items()}
     for quantity, recorded in golden.instruct.items():
         if quantity.startswith("grad."):
-            gradient = ours.get(quantity.removeprefix("grad."), torch.tensor(math.nan))
-            yield compare(f"instruct {quantity}", gradient, recorded, INSTRUCT_GRADIENTS)
+            ours = gradients.get(quantity.removeprefix("grad."))
+            ours = recorded.new_full((), math.nan) if ours is None else ours
+            yield compare(f"instruct {quantity}", ours, recorded, INSTRUCT_GRADIENTS)
     norms: Mapping[str, float] = golden.gradient_norms["instruct_lora"]
-    errors = [_relative(float(ours[name].double().norm()), norm) for name, norm in norms.items()]
+    lengths = {
+        name: None if g is None else float(g.double().norm()) for name, g in gradients.items()
+    }
+    errors = [_relative(lengths.get(name), norm) for name, norm in norms.items()]
     yield Comparison(f"grad_norms.instruct_lora ({len(norms)})", max(errors), GRADIENTS)

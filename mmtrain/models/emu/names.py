@@ -4,15 +4,10 @@ Tables: the state dict of the released classes (baaivision/Emu at 13c395e, trans
 """
 
 import re
-from collections.abc import Mapping
-
-from torch import Tensor
 
 from mmtrain.checkpoint.names import Dropped, Elsewhere, Fused, NameMap, Rule, Same
-from mmtrain.errors import ContentError
 
 PEFT_PREFIX = "base_model.model."  # what the LoRA wrapper puts after `decoder.lm.`
-_LORA = re.compile(r"(.+)\.lora_([AB])\.default\.weight")
 
 # linears of a LLaMA block, theirs and ours: what adapters may stand beside
 LINEARS = {
@@ -157,28 +152,3 @@ def with_peft(name: str) -> str:
     """The name a tensor of the plain release has in the LoRA-wrapped one (PEFT 0.5 and 0.6)."""
     stem = "decoder.lm."
     return f"{stem}{PEFT_PREFIX}{name.removeprefix(stem)}" if name.startswith(stem) else name
-
-
-def merge_lora(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Turn the LoRA-wrapped instruct release into the names of the plain one.
-
-    Each adapted weight becomes `W + scale * B A`; the wrapper's prefix is cut out.
-
-    Args:
-        tensors: released names (`decoder.lm.base_model.model...`), the whole state dict.
-        scale: alpha / r of the adapters (16 / 16 in the release).
-
-    Raises:
-        ContentError: half of an adapter, or the weight it adapts, is missing.
-    """
-    adapters: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if hit := _LORA.fullmatch(name):
-            adapters.setdefault(hit[1], {})[hit[2]] = tensor
-    out = {name: tensor for name, tensor in tensors.items() if not _LORA.fullmatch(name)}
-    for name, adapter in adapters.items():
-        weight = f"{name}.weight"
-        if adapter.keys() != {"A", "B"} or weight not in out:
-            raise ContentError(f"{name}: a LoRA adapter needs lora_A, lora_B and {weight}")
-        out[weight] = out[weight] + scale * (adapter["B"] @ adapter["A"])
-    return {name.replace(PEFT_PREFIX, "", 1): tensor for name, tensor in out.items()}

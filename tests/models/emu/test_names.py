@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from mmtrain.errors import ContentError
 from mmtrain.models.emu.config import EmuConfig
 from mmtrain.models.emu.model import build_plain, parameters
-from mmtrain.models.emu.names import RELEASE, merge_lora
+from mmtrain.models.emu.names import RELEASE
 
 # specification of the release: name (N = block), shape, blocks
 TABLE: list[tuple[str, tuple[int, ...], int]] = [
@@ -170,19 +170,3 @@ def test_all_faults_of_a_release_are_reported_at_once(model_shapes: dict[str, to
 def test_half_of_a_fused_tensor_is_not_written() -> None:
     with pytest.raises(ContentError, match=r"attention\.k\.weight: missing"):
         RELEASE.to_foreign({"vision.blocks.3.attention.q.weight": torch.zeros(2, 2)})
-
-
-def test_lora_is_merged_into_the_weight_it_adapts() -> None:
-    stem = "decoder.lm.base_model.model.model.layers.0.self_attn.q_proj"
-    a, b, w = torch.randn(2, 6), torch.randn(4, 2), torch.randn(4, 6)
-    tensors = {
-        f"{stem}.weight": w,
-        f"{stem}.lora_A.default.weight": a,
-        f"{stem}.lora_B.default.weight": b,
-    }
-    merged = merge_lora(tensors, 2.0)
-    assert list(merged) == ["decoder.lm.model.layers.0.self_attn.q_proj.weight"]
-    torch.testing.assert_close(next(iter(merged.values())), w + 2.0 * b @ a)
-    del tensors[f"{stem}.lora_B.default.weight"]
-    with pytest.raises(ContentError, match="lora_B"):
-        merge_lora(tensors, 2.0)
