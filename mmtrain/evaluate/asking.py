@@ -6,6 +6,8 @@ those of questions with ". ". An example that does not fit the context is left o
 farthest from the question first, and counted.
 """
 
+import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,13 +18,18 @@ from mmtrain.data.chat import Turn, prompt_parts, template_of
 from mmtrain.data.document import Modality, Part
 from mmtrain.data.images import encode_png
 from mmtrain.errors import ContentError
-from mmtrain.evaluate.examples import Example, ExampleSet, Row, open_pictures
+from mmtrain.evaluate.examples import Example, ExampleSet, Row
+from mmtrain.evaluate.opening import open_pictures
 from mmtrain.evaluate.shots import Support
 from mmtrain.models.emu.generate import Prompt
 from mmtrain.models.families import spec_of
 from mmtrain.nn.choice import Beams
 from mmtrain.settings import Phase, ShotForm, SourceConfig
 from mmtrain.trained import BATCH, Trained
+
+log = logging.getLogger(__name__)
+
+_LINE_SECONDS = 30.0  # between lines that say how far a long evaluation is
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ class Asked:
 def ask(trained: Trained, found: ExampleSet, manner: Manner, support: Support | None) -> Asked:
     """Answers to every example that can be asked, in order."""
     asked = Asked(broken=list(found.broken))
+    said = time.monotonic()
     for start in range(0, len(found.examples), BATCH):  # pictures of one batch at a time
         examples, prompts = [], []
         for example in found.examples[start : start + BATCH]:
@@ -100,6 +108,9 @@ def ask(trained: Trained, found: ExampleSet, manner: Manner, support: Support | 
                 asked.broken.append(f"{example.key}: {error}")
         written = write(trained, prompts, manner.beams)
         asked.answers += zip(examples, written, strict=True)
+        if time.monotonic() - said > _LINE_SECONDS:
+            said = time.monotonic()
+            log.info("asked %d of %d examples", start + len(examples), len(found.examples))
     return asked
 
 

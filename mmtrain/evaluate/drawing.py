@@ -16,7 +16,8 @@ from mmtrain.data.shapes_text import Category, judge
 from mmtrain.errors import MissingError
 from mmtrain.evaluate import held
 from mmtrain.evaluate.asking import Subject
-from mmtrain.evaluate.examples import Example, Row, open_pictures
+from mmtrain.evaluate.examples import Example, Row
+from mmtrain.evaluate.opening import open_pictures
 from mmtrain.evaluate.report import Result, grouped
 from mmtrain.settings import TaskConfig
 

@@ -3,17 +3,13 @@
 Pictures stay encoded, or on disk, until they are asked about: a set may be larger than memory.
 """
 
-import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-
-from mmtrain.data import images
-from mmtrain.errors import ContentError
 
 Picture = Path | bytes
 Row = list[str | Image.Image]  # a prompt: texts and pictures in order
@@ -57,21 +53,3 @@ class ExampleSet:
     def first(self, count: int) -> "ExampleSet":
         """The first `count` examples; all of them for 0."""
         return ExampleSet(self.examples[: count or None], self.broken)
-
-
-def open_pictures(pictures: Sequence[Picture]) -> list[Image.Image]:
-    """Decode the pictures of an example, RGB.
-
-    Raises:
-        ContentError: one is not there or damaged; names it.
-    """
-    out = []
-    for picture in pictures:
-        name = f"picture {picture}" if isinstance(picture, Path) else "a stored picture"
-        try:
-            blob = picture.read_bytes() if isinstance(picture, Path) else picture
-            images.check(blob)
-            out.append(Image.open(io.BytesIO(blob)).convert("RGB"))
-        except (OSError, images.DecodeError) as error:
-            raise ContentError(f"{name} cannot be read: {error}") from error
-    return out

@@ -16,7 +16,8 @@ from mmtrain.errors import ContentError, MissingError
 from mmtrain.evaluate import held
 from mmtrain.evaluate.asking import Subject, contents, context_of, is_tuned
 from mmtrain.evaluate.dialogs import Choice, read_dialogs
-from mmtrain.evaluate.examples import Example, open_pictures
+from mmtrain.evaluate.examples import Example
+from mmtrain.evaluate.opening import open_pictures
 from mmtrain.evaluate.ranks import ndcg, rank_of, summary
 from mmtrain.evaluate.report import Result
 from mmtrain.models.emu.generate import Prompt

@@ -2,7 +2,8 @@
 
 A checkpoint is asked the tasks of the recipe. Results go to `RUN/evaluation/<checkpoint>.json` and
 `.md`; while a run trains also to `RUN/evaluation.jsonl` and to TensorBoard. A recipe without tasks
-has its held-out captions of the world of shapes judged, as `evaluation.json`.
+has its held-out captions of the world of shapes judged, as `evaluation.json`; after instruction
+tuning its held-out conversations, of a decoder its pictures.
 """
 
 import json
@@ -25,14 +26,19 @@ from mmtrain.evaluate.asking import Subject
 from mmtrain.evaluate.report import Result, append_line, group_table, table, write
 from mmtrain.evaluate.tasks import run_task
 from mmtrain.schema import suggestion
-from mmtrain.settings import Recipe, TaskConfig, TaskKind
+from mmtrain.settings import Phase, Recipe, TaskConfig, TaskKind
 
 log = logging.getLogger(__name__)
 
 FOLDER = "evaluation"
 LINES = "evaluation.jsonl"
 _WATCH_SECONDS = 5.0  # between looks for a new checkpoint
-_DEFAULT = {"captions": TaskConfig(kind=TaskKind.shapes_captions)}  # when a recipe names none
+# what a phase is asked when the recipe names no task
+_DEFAULTS = {
+    Phase.pretrain: {"captions": TaskConfig(kind=TaskKind.shapes_captions)},
+    Phase.instruct: {"answers": TaskConfig(kind=TaskKind.chat)},
+    Phase.decoder: {"drawings": TaskConfig(kind=TaskKind.draw)},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +58,9 @@ class Assignment:
     decoder: Path | None = None
 
     @property
-    def is_default(self) -> bool:
-        """Whether the recipe names no task."""
-        return not self.recipe.evaluate.tasks
+    def judges_captions(self) -> bool:
+        """Whether the recipe names no task, and its captions are judged instead."""
+        return not self.recipe.evaluate.tasks and self.recipe.phase is Phase.pretrain
 
 
 def assign(
@@ -84,7 +90,7 @@ def assign(
     seen = recipes.examine(path, overrides)
     if seen.recipe is None or seen.faults:
         raise RecipeError(seen.faults)
-    tasks = dict(seen.recipe.evaluate.tasks) or _DEFAULT
+    tasks = _tasks(seen.recipe)
     faults = [
         Problem(
             "--task",
@@ -106,7 +112,11 @@ def assign(
 
 def assignment_of(run: Path, recipe: Recipe) -> Assignment:
     """All tasks of a recipe, for a run in training."""
-    return Assignment(run=run, recipe=recipe, tasks=recipe.evaluate.tasks or _DEFAULT)
+    return Assignment(run=run, recipe=recipe, tasks=_tasks(recipe))
+
+
+def _tasks(recipe: Recipe) -> Mapping[str, TaskConfig]:
+    return recipe.evaluate.tasks or _DEFAULTS[recipe.phase]
 
 
 def evaluate(assignment: Assignment, checkpoint: str | None) -> int:
@@ -121,7 +131,7 @@ def evaluate(assignment: Assignment, checkpoint: str | None) -> int:
         name, step = _place(assignment.run, checkpoint)
         heading = _heading(assignment, name, step)
         path = write(assignment.run / FOLDER, name, heading, results)
-        if assignment.is_default:
+        if assignment.judges_captions:
             _write_captions(assignment.run, results[0])
         else:
             print("\n\n".join("\n".join(table(result)) for result in results))
@@ -158,10 +168,13 @@ def record(assignment: Assignment, checkpoint: str, board: SummaryWriter) -> Non
     """Evaluate a checkpoint for the curves of a run; a fault is logged, and training goes on."""
     began = time.perf_counter()
     try:
-        # what is drawn here must not move the generator of training
-        with torch.random.fork_rng():
+        # what is drawn here must not move the generators of training
+        cuda = torch.cuda.is_available()
+        with torch.random.fork_rng([torch.cuda.current_device()] if cuda else []):
             results, failed = ask_all(assignment, checkpoint)
         _record(assignment, checkpoint, board, results)
+        if cuda:
+            torch.cuda.empty_cache()  # training had the device to itself
     except MmtrainError as error:
         log.error("evaluation of %s: %s", checkpoint, error)
         return

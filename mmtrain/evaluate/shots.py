@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from mmtrain.data.rules import Draw
 from mmtrain.errors import ContentError
-from mmtrain.evaluate.examples import Example, ExampleSet, open_pictures
+from mmtrain.evaluate.examples import Example, ExampleSet
+from mmtrain.evaluate.opening import open_pictures
 from mmtrain.settings import ShotChoice
 from mmtrain.trained import BATCH, Trained, pixels_of
 

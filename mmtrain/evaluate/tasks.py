@@ -21,7 +21,8 @@ from mmtrain.evaluate import held, vqa
 from mmtrain.evaluate.asking import Asked, Manner, Subject, ask, context_of, write
 from mmtrain.evaluate.cider import cider
 from mmtrain.evaluate.drawing import draw
-from mmtrain.evaluate.examples import Example, ExampleSet, Row, open_pictures
+from mmtrain.evaluate.examples import Example, ExampleSet, Row
+from mmtrain.evaluate.opening import open_pictures
 from mmtrain.evaluate.ranking import rank
 from mmtrain.evaluate.readers import read_captions, read_questions
 from mmtrain.evaluate.released import answer_of, caption_of

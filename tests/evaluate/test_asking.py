@@ -9,7 +9,8 @@ from PIL import Image
 from mmtrain.data.document import Part
 from mmtrain.data.shapes_world import COLOURS, paint
 from mmtrain.evaluate.asking import Asked, Manner, ask, context_of, laid_out, positions, row_of
-from mmtrain.evaluate.examples import Example, ExampleSet, open_pictures
+from mmtrain.evaluate.examples import Example, ExampleSet
+from mmtrain.evaluate.opening import open_pictures
 from mmtrain.evaluate.shots import Support, prepare
 from mmtrain.nn.choice import Beams
 from mmtrain.settings import ShotChoice, ShotForm

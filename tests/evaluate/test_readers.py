@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mmtrain.errors import ContentError, MissingError
-from mmtrain.evaluate.examples import open_pictures
+from mmtrain.evaluate.opening import open_pictures
 from mmtrain.evaluate.readers import read_captions, read_questions
 
 COCO = {

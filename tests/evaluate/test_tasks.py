@@ -17,7 +17,8 @@ from mmtrain.evaluate import held
 from mmtrain.evaluate.asking import Asked, Subject
 from mmtrain.evaluate.dialogs import Choice, read_dialogs
 from mmtrain.evaluate.drawing import judge_drawings
-from mmtrain.evaluate.examples import Example, Row, open_pictures
+from mmtrain.evaluate.examples import Example, Row
+from mmtrain.evaluate.opening import open_pictures
 from mmtrain.evaluate.ranking import prompt_of, score
 from mmtrain.evaluate.report import Group, Result, append_line, write
 from mmtrain.evaluate.tasks import judge_replies, run_task
