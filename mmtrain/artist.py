@@ -8,12 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 from PIL import Image
 from torch import Tensor
 
-from mmtrain.prompts import Row
+from mmtrain import recipe as recipes
+from mmtrain.errors import ContentError
+from mmtrain.models.emu.drawing import EmuDrawer
+from mmtrain.prompts import Piece
+from mmtrain.settings import Null, Phase
+from mmtrain.sketches import load_drawer
 from mmtrain.trained import Trained, load_run
 
 _BATCH = 32  # pictures drawn at a time
@@ -21,7 +25,7 @@ _BATCH = 32  # pictures drawn at a time
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """How a decoder draws.
+    """How a decoder draws; None is what its recipe says (`decoder.draw`).
 
     Attributes:
         scheduler: pndm (as released), ddim or dpm.
@@ -30,26 +34,10 @@ class Style:
         seed: of the first picture; the k-th of a call is drawn from a seed of its own.
     """
 
-    scheduler: str = "pndm"
-    steps: int = 50
-    guidance: float = 7.5
+    scheduler: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
     seed: int = 0
-
-
-class Drawer(Protocol):
-    """What turns visual rows into pictures."""
-
-    def draw(
-        self,
-        embeddings_BQD: Tensor,
-        *,
-        null_QD: Tensor,
-        scheduler: str,
-        steps: int,
-        guidance: float,
-        seeds: Sequence[int],
-    ) -> list[Image.Image]:
-        """One picture for each embedding, from a seed of its own."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +45,43 @@ class Artist:
     """A writer of visual rows, and what draws them, if anything does."""
 
     trained: Trained
-    drawer: Drawer | None
+    drawer: EmuDrawer | None
     style: Style
 
     @classmethod
     def load(
-        cls, run: Path, decoder: Path | None, checkpoint: str | None, style: Style
+        cls,
+        run: Path,
+        decoder: Path | None = None,
+        checkpoint: str | None = None,
+        style: Style | None = None,
     ) -> "Artist":
-        """Read a run and, when one is named, a decoder run."""
-        return cls(load_run(run, checkpoint), None, style)
+        """Read a run and, when one is named, a decoder run.
 
-    def draw(self, rows: Sequence[Row]) -> list[Image.Image]:
+        Args:
+            run: what writes; of a decoder run, the model that it was trained to draw for writes.
+            decoder: a run of the phase decoder.
+            checkpoint: of `run`, by name; None for the newest.
+            style: how to draw.
+
+        Raises:
+            MissingError: a part of a run is not there.
+            RecipeError: a recipe has faults.
+            ContentError: the decoder draws rows of another shape.
+        """
+        style = style or Style()
+        language = _writer_of(run)
+        if language is not None:
+            drawer: EmuDrawer | None = load_drawer(run, checkpoint=checkpoint)
+            trained = load_run(language)
+        else:
+            drawer = None if decoder is None else load_drawer(decoder)
+            trained = load_run(run, checkpoint)
+        if drawer is not None:
+            _fits(drawer, trained, decoder or run)
+        return cls(trained, drawer, style)
+
+    def draw(self, rows: Sequence[Sequence[Piece]]) -> list[Image.Image]:
         """The picture that follows each prompt."""
         embeddings_BQD = self.trained.rollout([self.trained.prompt(row) for row in rows])
         return self.pictures(embeddings_BQD, 0)
@@ -75,21 +89,43 @@ class Artist:
     def pictures(self, embeddings_BQD: Tensor, first: int) -> list[Image.Image]:
         """Pictures number `first` and on of a call, one for each embedding."""
         assert self.drawer is not None
+        usual, style = self.drawer.config.draw, self.style
         out: list[Image.Image] = []
         for start in range(0, len(embeddings_BQD), _BATCH):
             chunk = embeddings_BQD[start : start + _BATCH]
-            seeds = [self.style.seed + first + start + k for k in range(len(chunk))]
+            seeds = [style.seed + first + start + k for k in range(len(chunk))]
             out += self.drawer.draw(
                 chunk,
                 null_QD=self.null_QD,
-                scheduler=self.style.scheduler,
-                steps=self.style.steps,
-                guidance=self.style.guidance,
+                scheduler=style.scheduler or usual.scheduler.value,
+                steps=style.steps or usual.steps,
+                guidance=usual.guidance if style.guidance is None else style.guidance,
                 seeds=seeds,
             )
         return out
 
     @cached_property
-    def null_QD(self) -> Tensor:
-        """The rows of no prompt: the model's own after <s> alone."""
+    def null_QD(self) -> Tensor | None:
+        """What stands for no condition: the rows after an empty prompt, or None for zeros."""
+        if self.drawer is None or self.drawer.config.null is Null.zeros:
+            return None
         return self.trained.rollout([self.trained.prompt([])])[0]
+
+
+def _writer_of(run: Path) -> Path | None:
+    """The model that a decoder run was trained to draw for; None of any other run."""
+    recipe = recipes.examine(run / "recipe.yaml").recipe
+    if recipe is None or recipe.phase is not Phase.decoder or recipe.decoder.language is None:
+        return None
+    return Path(recipe.decoder.language)
+
+
+def _fits(drawer: EmuDrawer, trained: Trained, decoder: Path) -> None:
+    rows, width = trained.layout.visual_tokens, trained.sampler.width
+    sizes = drawer.sizes
+    if (sizes.conditions, sizes.condition_width) != (rows, width):
+        raise ContentError(
+            f"{decoder} draws {sizes.conditions} rows of width {sizes.condition_width}, "
+            f"{trained.folder} writes {rows} of width {width}; name a decoder that was trained on "
+            "this model"
+        )

@@ -361,23 +361,22 @@ def _takes_decoder(parser: argparse.ArgumentParser) -> None:
         "--decoder",
         type=Path,
         metavar="RUN",
-        help="a decoder run that draws images; without one, the nearest training images are shown",
+        help="a decoder run that draws images (or RUN itself is one); without one, the nearest "
+        "training images are shown",
     )
     pictures.add_argument(
         "--scheduler",
         choices=("pndm", "ddim", "dpm"),
-        default="pndm",
-        help="default: %(default)s, as released",
+        help="pndm is the released one; the decoder recipe's if left out",
     )
     pictures.add_argument(
-        "--steps", type=_positive, default=50, metavar="N", help="default: %(default)s"
+        "--steps", type=_positive, metavar="N", help="the decoder recipe's if left out"
     )
     pictures.add_argument(
         "--guidance",
         type=_above_zero,
-        default=7.5,
         metavar="G",
-        help="1 = none; default: %(default)s",
+        help="1 = none; the decoder recipe's if left out",
     )
 
 

@@ -58,7 +58,7 @@ def _numbers(place: str, task: TaskConfig) -> Iterator[Problem]:
         value = getattr(task, key)
         if value is not None and value < least:
             yield Problem(f"{place}.{key}", f"found {value}; allowed: {least} or more")
-    if not task.guidance >= 0:
+    if task.guidance is not None and not task.guidance >= 0:
         yield Problem(f"{place}.guidance", f"found {task.guidance}; allowed: 0 or more")
     if task.kind is TaskKind.vqa and task.prompt is not None and "{question}" not in task.prompt:
         yield Problem(f"{place}.prompt", "{question} is not in it; say where the question stands")

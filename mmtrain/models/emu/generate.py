@@ -141,6 +141,7 @@ class EmuSampler:
         self._embed = cast(SplicedEmbedding, layers["embed"])
         self.head = cast(EmuHead, layers["head"])
         self.device = self._embed.tokens.weight.device
+        self.width = int(self._embed.tokens.weight.shape[1])  # D
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Visual rows `[n, Q, D]` of images `[n, 3, H, W]`."""
