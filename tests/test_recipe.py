@@ -247,6 +247,18 @@ def test_a_tokenizer_must_have_the_special_tokens(tiny: Path) -> None:
     assert "lacks the special tokens ['[PAD]', '[IMG]', '[/IMG]', '<image>']" in fault
 
 
+def test_conversations_need_a_tokenizer_with_their_roles(tiny: Path, shapes: Path) -> None:
+    chat = f"data.sources.chat={{path: {shapes}/chat, rule: chat, max_images: 1, max_tokens: 64}}"
+    assert load(tiny, [chat]).data.sources["chat"].rule is Rule.chat
+    plain = tiny.parent / "without_roles"
+    shutil.copytree(shapes / "tokenizer", plain)
+    for path in plain.iterdir():
+        path.write_text(path.read_text().replace("[USER]", "[X]").replace("[ASSISTANT]", "[Y]"))
+    faulty = faults(tiny, [chat, f"data.tokenizer={plain}"])
+    assert "lacks the special tokens ['[USER]', '[ASSISTANT]']" in faulty[0]
+    assert "max_tokens: " in only(tiny, chat, "data.sources.chat.max_tokens=7")
+
+
 def test_shards_without_lengths_for_the_tokenizer_are_told_how_to_get_them(
     tiny: Path, shapes: Path
 ) -> None:
