@@ -105,8 +105,8 @@ class Start:
 
     def is_short(self, name: str) -> bool:
         """Whether a table lacks rows for the last tokens, and nothing else."""
-        found, wanted = self.found.get(name), self.shapes[name]
-        if name not in self.tables or found is None:
+        found, wanted = self.found.get(name), self.shapes.get(name)
+        if name not in self.tables or found is None or wanted is None:
             return False
         return found[1:] == wanted[1:] and 0 < found[0] < wanted[0]
 
@@ -156,7 +156,7 @@ class Start:
             ]
             said = f"; {', '.join(likened)}" if likened else ""
             log.info("%s: rows %d to %d are means of rows%s", name, first, last - 1, said)
-        least = min((self.found[name][0] for name in self.tables), default=0)
+        least = min((self.found[name][0] for name in self.tables if name in self.found), default=0)
         kept = [new.token for row, new in self.likened.items() if row < least]
         if kept:
             log.warning(

@@ -330,6 +330,18 @@ def test_shards_of_a_remote_need_not_be_here(tiny: Path) -> None:
             None,
             ("optimizer.learning_rates", "'visions'"),
         ),
+        (["model.lora.rank=-1"], None, ("model.lora.rank: found -1", "0 for none")),
+        (["model.lora.alpha=0"], None, ("model.lora.alpha: found 0.0", "above 0")),
+        (["model.lora.dropout=1"], None, ("model.lora.dropout: found 1.0", "below 1")),
+        (["model.lora.targets=[q,qkv]"], None, ("some of q, k, v, out, gate, up, down",)),
+        (["model.lora.also_train=[embed]"], None, ("with model.lora.rank = 0",)),
+        (
+            ["model.lora={rank: 2, also_train: [embedd]}"],
+            None,
+            ("model.lora.also_train: the pattern 'embedd'", "did you mean embed?"),
+        ),
+        (["model.lora.rank=2", "train.freeze=[blocks]"], None, ("parameter that this phase",)),
+        (["train.new_rows={'[USER]': user}"], None, ("without train.initialize_from",)),
         (
             ["train.freeze=[vision,vision_norm,causal,embed,blocks,head]"],
             None,

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from world import World
+from transformers import AutoTokenizer
+from world import TINY, World
 
 from mmtrain.checkpoint.portable import FullTensors, open_tensors
 from mmtrain.data.assemble import Assembler
@@ -153,3 +154,33 @@ def test_a_resumed_run_continues_bit_for_bit_with_dropout(
     ]
     a, b = tensors(whole), tensors(cut)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_new_tokens_begin_like_the_words_that_the_recipe_names(world: World, base: str) -> None:
+    """The way to [USER] and [ASSISTANT]: a longer tokenizer, lengths counted again, more rows."""
+    shutil.copytree(world.folder / "demo_data" / "tokenizer", world.folder / "longer")
+    tokenizer = AutoTokenizer.from_pretrained(world.folder / "longer")
+    rows = 258 - len(tokenizer)
+    tokenizer.add_tokens([f"[new-{n}]" for n in range(rows)], special_tokens=True)
+    tokenizer.save_pretrained(world.folder / "longer")
+    assert world.run(1, "data", "index", "demo_data/text", "--tokenizer", "longer") == [0]
+    longer = (
+        base,
+        *LORA,
+        "train.steps=1",
+        "data.tokenizer=longer",
+        *(f"data.sources.{name}=null" for name in ("captions", "pages", "clips", "boards")),
+        "model.language.vocabulary=258",
+    )
+    last = f"'[new-{rows - 1}]'"
+    world.train("lora-rows", 2, *longer, "parallel.tensor=2", f"train.new_rows={{{last}: red}}")
+    (red,) = tokenizer.encode("red", add_special_tokens=False)
+    before, after = (tensors(world.folder / "runs" / name) for name in ("lora-base", "lora-rows"))
+    for table in ("embed.tokens.weight", "head.unembed.weight"):
+        old, new = before[table], after[table]
+        assert torch.equal(new[:256], old) and torch.equal(new[257], old[red])
+        torch.testing.assert_close(new[256], old.mean(0))
+    log = (world.folder / "runs/lora-rows/log.txt").read_text()
+    assert f"rows 256 to 257 are means of rows; [new-{rows - 1}] like 'red'" in log
+    codes = world.run(1, "train", str(TINY), "name=no", *longer, "train.new_rows={'[neu-0]': red}")
+    assert codes == [2] and "did you mean [new-0]?" in world.last_log
