@@ -1,8 +1,8 @@
 """Saving and restoring a running engine, bit for bit on the same layout.
 
 Every rank writes its own weights, DeepSpeed's float32 masters and the optimizer's moments. No
-random state is needed: batches and initial weights are pure functions of the recipe, and no
-layer draws numbers in training.
+random state is needed: batches and initial weights are pure functions of the recipe, and
+dropout is one of the document and the position (`nn.noise`).
 """
 
 import logging

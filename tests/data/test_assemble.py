@@ -1,5 +1,7 @@
 """Tokens, masks, labels and regression pairs of a pack are those of the Emu release."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from made import document, kept_source, png
@@ -15,6 +17,7 @@ from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary
 from mmtrain.errors import ContentError
 from mmtrain.nn.flow import CARRY
+from mmtrain.nn.noise import row_numbers
 
 OPTIONS = RuleOptions(rule=Rule.document, max_images=4, max_positions=32)
 RED, BLUE = png((255, 0, 0)), png((0, 0, 255))
@@ -230,3 +233,25 @@ def test_a_stale_length_index_is_an_error_that_says_what_to_run(
 def test_more_images_than_slots_is_an_error(vocabulary: Vocabulary, layout: SequenceFormat) -> None:
     with pytest.raises(ContentError, match="holds 2 images, image_slots is 1"):
         assembled([document("x", RED, BLUE)], vocabulary, layout, image_slots=1)
+
+
+def test_rows_are_numbered_by_their_document_and_their_place_in_it(
+    vocabulary: Vocabulary, layout: SequenceFormat
+) -> None:
+    documents = [document(f"d{i}", "a red circle") for i in range(3)]
+    source = kept_source("text", documents, vocabulary, OPTIONS)
+    plan = plan_of(OnePass(source), layout, 64)
+    (pack,) = (plan.pack(0),)
+    assembler = Assembler(sources=[source], vocabulary=vocabulary, layout=layout, pack_tokens=64)
+    noise = assembler.batch([pack])[0].inputs.fields["noise"]
+    start = 0
+    for planned in pack.documents:
+        stop = start + planned.selection.positions
+        assert noise[start:stop].equal(row_numbers(planned.noise, stop - start))
+        start = stop
+    assert len(noise[:start].unique()) == start and not noise[start:].any()
+    # one document alone, at the top of its own pack
+    alone = replace(pack, documents=pack.documents[2:])
+    moved = assembler.batch([alone])[0].inputs.fields["noise"]
+    length = pack.documents[2].selection.positions
+    assert moved[:length].equal(noise[start - length : start])

@@ -208,3 +208,17 @@ def test_a_mixture_refuses_what_it_cannot_draw() -> None:
         Mixture([lengths_source("p", [(1, 0)], weight=0.0)], seed=0)
     with pytest.raises(ContentError, match="source p holds no documents"):
         Mixture([lengths_source("p", [])], seed=0)
+
+
+def test_a_draw_of_a_document_has_a_number_of_its_own_wherever_it_is_packed() -> None:
+    def numbers(window: int, seed: int) -> dict[tuple[int, int, str], int]:
+        plan = plan_of(Mixture(demo_sources(), seed=0), window, seed)
+        packs = (plan.pack(n) for n in range(300))
+        return {(d.source, d.epoch, d.sample_id): d.noise for p in packs for d in p.documents}
+
+    small, large, other = numbers(32, 5), numbers(128, 5), numbers(32, 6)
+    both = small.keys() & large.keys()
+    assert len(both) > 500 and any(epoch for _, epoch, _ in both)
+    assert all(small[key] == large[key] for key in both)
+    assert len(set(small.values())) == len(small)
+    assert not set(small.values()) & set(other.values())
