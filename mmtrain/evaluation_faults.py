@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mmtrain.data.chat import SYSTEM
 from mmtrain.errors import Problem
-from mmtrain.schema import join
-from mmtrain.settings import ExamplesConfig, Recipe, TaskConfig, TaskKind
+from mmtrain.schema import join, suggestion
+from mmtrain.settings import ExamplesConfig, Recipe, Scheduler, TaskConfig, TaskKind
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _SHOWN = (TaskKind.caption, TaskKind.vqa, TaskKind.shapes_captions)  # kinds that take shots
@@ -60,6 +60,13 @@ def _numbers(place: str, task: TaskConfig) -> Iterator[Problem]:
             yield Problem(f"{place}.{key}", f"found {value}; allowed: {least} or more")
     if task.guidance is not None and not task.guidance >= 0:
         yield Problem(f"{place}.guidance", f"found {task.guidance}; allowed: 0 or more")
+    schedulers = [scheduler.name for scheduler in Scheduler]
+    if task.scheduler is not None and task.scheduler not in schedulers:
+        near = suggestion(task.scheduler, schedulers)
+        yield Problem(
+            f"{place}.scheduler",
+            f"found {task.scheduler!r}; wanted: one of {', '.join(schedulers)}{near}",
+        )
     if task.kind is TaskKind.vqa and task.prompt is not None and "{question}" not in task.prompt:
         yield Problem(f"{place}.prompt", "{question} is not in it; say where the question stands")
 
