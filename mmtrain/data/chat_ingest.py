@@ -288,7 +288,7 @@ def _bytes(path: Path, name: str) -> bytes:
         what = (
             "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         )
-        raise Broken(Reason.missing, f"{name[:80]} {what} ({path.parent})") from error
+        raise Broken(Reason.missing, f"{name[:80]} {what} ({path.parent.resolve()})") from error
 
 
 def _clip(folder: Path, name: str) -> tuple[bytes, ...]:
@@ -308,7 +308,9 @@ def _found(path: Path, name: str) -> Path:
         candidates = [path, *(path.with_name(path.name + ending) for ending in _CLIPS)]
         return next(candidate for candidate in candidates if candidate.exists())
     except (StopIteration, OSError, ValueError) as error:
-        raise Broken(Reason.missing, f"{name[:80]} is not there ({path.parent})") from error
+        raise Broken(
+            Reason.missing, f"{name[:80]} is not there ({path.parent.resolve()})"
+        ) from error
 
 
 def _frames_of(path: Path, name: str) -> tuple[bytes, ...]:
