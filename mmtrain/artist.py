@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from mmtrain import recipe as recipes
+from mmtrain.drawers import load_drawer
 from mmtrain.errors import ContentError
 from mmtrain.models.emu.drawing import EmuDrawer
 from mmtrain.prompts import Piece
 from mmtrain.settings import Null, Phase
-from mmtrain.sketches import load_drawer
 from mmtrain.trained import Trained, load_run
 
 _BATCH = 32  # pictures drawn at a time

@@ -180,7 +180,6 @@ def _sample(arguments: Arguments) -> int:
 
 
 def _evaluate(arguments: Arguments) -> int:
-    log.quiet_imports()
     from mmtrain.evaluate.session import assign, evaluate, watch
 
     assignment = assign(

@@ -1,4 +1,4 @@
-"""What a visual decoder draws: a trained run, ready to draw, and pictures during training."""
+"""What a visual decoder draws while it is trained: the same held-out captions again and again."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -10,76 +10,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmtrain import recipe as recipes
-from mmtrain.checkpoint import portable
 from mmtrain.data.document import Document, Modality
 from mmtrain.data.images import open_picture
 from mmtrain.data.mixture import OnePass, Source
 from mmtrain.data.pairs import picture_of
 from mmtrain.data.picture import draw_rows
 from mmtrain.decoding import Samples
-from mmtrain.encoders.vae import Vae
-from mmtrain.errors import ContentError, MissingError, RecipeError
-from mmtrain.models.emu.decoder import LAYER, DecoderUNet, UNetConfig, build_unet
-from mmtrain.models.emu.drawing import EmuDrawer
+from mmtrain.drawers import load_drawer, make_drawer
 from mmtrain.parallel.mesh import Mesh
-from mmtrain.settings import DecoderConfig, Phase
 from mmtrain.train.ema import full_tensors
 
+__all__ = ["Sketcher", "load_drawer"]
+
 log = logging.getLogger(__name__)
-
-
-def load_drawer(
-    run: Path, device: torch.device | None = None, checkpoint: str | None = None
-) -> EmuDrawer:
-    """A run of the decoder phase, ready to draw; running means of its weights where it keeps them.
-
-    Args:
-        run: the run's folder.
-        device: where to draw; None = CUDA if there is one.
-        checkpoint: name of a checkpoint, or None for the newest.
-
-    Raises:
-        MissingError: a part of the run is not there.
-        RecipeError: its recipe has faults.
-        ContentError: it is a run of another phase, or its weights are others.
-    """
-    if not (run / "recipe.yaml").is_file():
-        raise MissingError(f"{run}: holds no recipe.yaml; expected a run of the phase decoder")
-    seen = recipes.examine(run / "recipe.yaml")
-    if seen.recipe is None or seen.faults:
-        raise RecipeError(seen.faults)
-    recipe = seen.recipe
-    if recipe.phase is not Phase.decoder:
-        raise ContentError(
-            f"{run} is a run of the phase {recipe.phase.value}; a decoder is trained with "
-            "phase: decoder"
-        )
-    if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tensors = portable.open_averaged(run / "checkpoints" / checkpoint if checkpoint else run)
-    found = {name: tensors.get(name) for name in tensors.names()}
-    vae = None if recipe.decoder.vae is None else Vae(Path(recipe.decoder.vae), device)
-    return make_drawer(found, recipe.model, recipe.decoder, vae, device)
-
-
-def make_drawer(
-    tensors: Mapping[str, Tensor],
-    sizes: UNetConfig,
-    config: DecoderConfig,
-    vae: Vae | None,
-    device: torch.device,
-) -> EmuDrawer:
-    """A drawer with some weights (canonical name -> full tensor), copied in float32."""
-    with torch.device("meta"):
-        unet: DecoderUNet = build_unet(sizes)
-    unet.to_empty(device=device)
-    state = {name.removeprefix(f"{LAYER}."): tensor for name, tensor in tensors.items()}
-    try:
-        unet.load_state_dict(state)
-    except RuntimeError as error:
-        raise ContentError(f"the weights do not fit the decoder's sizes: {error}") from error
-    return EmuDrawer(unet.eval().requires_grad_(False), sizes, config, vae)
 
 
 @dataclass(frozen=True)
