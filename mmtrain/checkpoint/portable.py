@@ -18,12 +18,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmtrain.checkpoint import store
 from mmtrain.checkpoint.manifest import Manifest, sampled_hash
-from mmtrain.checkpoint.tensorfile import DTYPES, INDEX, TensorInfo, write_sharded
+from mmtrain.checkpoint.tensorfile import (
+    INDEX,
+    DamagedFileError,
+    TensorFile,
+    TensorInfo,
+    write_sharded,
+)
 from mmtrain.errors import ContentError, MissingError, StorageError
 from mmtrain.layout.plan import Slice
 
@@ -115,7 +120,7 @@ class CheckpointTensors:
         """Full shape and number type of a tensor."""
         entry = self.manifest.weights[name]
         holder = store.rank_file(self.manifest.dims.rank((entry.stage, 0, 0)))
-        return TensorInfo(entry.shape, _info(self.folder / holder, self._key(name)).dtype)
+        return TensorInfo(entry.shape, _opened(self.folder / holder).infos[self._key(name)].dtype)
 
     def get(self, name: str) -> Tensor:
         """Merge one tensor from the rank files that hold it."""
@@ -138,7 +143,7 @@ class CheckpointTensors:
         shards: list[Tensor] = []
         for data in holders:
             path = self.folder / store.rank_file(dims.rank((stage, data, tensor)))
-            shards.append(_read(path, self._key(name)))
+            shards.append(_opened(path).get(self._key(name)))
         if dims.zero_stage != 3:
             return shards[0]
         shape = list(entry.shape)
@@ -190,35 +195,27 @@ class ExportedTensors:
 
     def info(self, name: str) -> TensorInfo:
         """Full shape and number type of a tensor."""
-        return _info(self.folder / self._files[name], name)
+        return _opened(self.folder / self._files[name]).infos[name]
 
     def get(self, name: str) -> Tensor:
         """The full tensor."""
-        return _read(self.folder / self._files[name], name)
+        return _opened(self.folder / self._files[name]).get(name)
 
 
-def _info(path: Path, key: str) -> TensorInfo:
-    with _opened(path) as file:
-        found = file.get_slice(key)
-        return TensorInfo(tuple(found.get_shape()), DTYPES[found.get_dtype()])
+def _opened(path: Path) -> TensorFile:
+    """The header of one file of a folder.
 
-
-def _read(path: Path, key: str) -> Tensor:
-    with _opened(path) as file:
-        tensor: Tensor = file.get_tensor(key)
-        return tensor
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+    Raises:
+        MissingError: it is not there.
+        ContentError: it is damaged.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        return TensorFile.open(path)
     except FileNotFoundError as error:
         raise MissingError(
             f"{path}: not found, the files beside it say it is there; copy the whole folder"
         ) from error
-    except SafetensorError as error:
+    except DamagedFileError as error:
         raise ContentError(
             f"{path}: cut off or damaged ({error}); copy it again, or export the weights again"
         ) from error

@@ -1,8 +1,10 @@
-"""Safetensors files written one tensor at a time, from sizes known before any number is.
+"""Safetensors files read and written one tensor at a time.
 
 `safetensors.torch.save_file` wants every tensor of a file at once, and copies it; here the header
-is written first and memory holds one tensor. Format: eight bytes of length, a JSON header, then the
-tensors one after another (huggingface.co/docs/safetensors).
+is written first and memory holds one tensor. `safe_open` maps the whole file, privately: a file
+larger than the memory of the machine is refused by the kernel ("Cannot allocate memory" for a
+release of 28 GB on 24 GB); here each tensor is read by its place. Format: eight bytes of length, a
+JSON header, then the tensors one after another (huggingface.co/docs/safetensors).
 """
 
 import json
@@ -59,6 +61,85 @@ class TensorInfo:
 def info_of(tensor: Tensor) -> TensorInfo:
     """Shape and number type."""
     return TensorInfo(tuple(tensor.shape), tensor.dtype)
+
+
+class DamagedFileError(ValueError):
+    """A file that is cut off, or not of its format."""
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The header of a safetensors file.
+
+    Attributes:
+        path: the file.
+        infos: shape and number type of every tensor.
+        places: first byte of each in the file.
+    """
+
+    path: Path
+    infos: Mapping[str, TensorInfo]
+    places: Mapping[str, int]
+
+    @classmethod
+    def open(cls, path: Path) -> "TensorFile":
+        """Read the header, and hold it against the size of the file.
+
+        Raises:
+            DamagedFileError: the file is cut off, too long, or no safetensors file.
+            OSError: it cannot be read.
+        """
+        size = path.stat().st_size
+        with path.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise DamagedFileError(f"it ends inside its header of {length:,} bytes")
+            text = handle.read(length)
+        infos, places, end = {}, {}, 0
+        try:
+            entries = json.loads(text)
+            for name, entry in entries.items():
+                if name == "__metadata__":
+                    continue
+                infos[name] = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+                first, last = entry["data_offsets"]
+                if last - first != infos[name].bytes:
+                    raise DamagedFileError(f"{name} ({infos[name]}) has {last - first:,} bytes")
+                places[name] = 8 + length + first
+                end = max(end, last)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, DamagedFileError):
+                raise
+            raise DamagedFileError(f"its header cannot be read: {error!r}") from error
+        if size != 8 + length + end:
+            raise DamagedFileError(f"its header asks for {8 + length + end:,} bytes")
+        return cls(path, infos, places)
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor."""
+        info = self.infos[name]
+        return (
+            read_bytes(self.path, self.places[name], info.bytes).view(info.dtype).view(info.shape)
+        )
+
+
+def read_bytes(path: Path, place: int, count: int) -> Tensor:
+    """`count` bytes of a file from `place` on, as a tensor of its own.
+
+    Raises:
+        DamagedFileError: the file ends before.
+    """
+    out = torch.empty(count, dtype=torch.uint8)
+    with path.open("rb", buffering=0) as handle:
+        handle.seek(place)
+        view: memoryview = out.numpy().data
+        done = 0
+        while done < count:
+            step = handle.readinto(view[done:])
+            if not step:
+                raise DamagedFileError(f"{path}: ends at byte {place + done:,}")
+            done += step
+    return out
 
 
 def write_bytes(handle: BinaryIO, tensor: Tensor) -> memoryview:

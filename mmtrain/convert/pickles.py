@@ -1,7 +1,10 @@
 """torch's own weight files (`.bin`, `.pt`, `.pth`): read without running code, written as a stream.
 
 A pickle can run any program while it is opened, so it is opened with `weights_only`, which allows
-tensors and plain containers alone. Tensors stay in the file until they are looked at (`mmap`).
+tensors and plain containers alone. It is opened in `FakeTensorMode`: what comes out are shapes and
+the places of the numbers in the file, from which each tensor is read when it is asked for. (torch's
+own `mmap=True` maps the whole file privately, which the kernel refuses for files larger than the
+machine's memory.)
 
 Writing: `torch.save` wants the whole state dict in memory. Here it writes the frame of the file for
 tensors without numbers (`torch.serialization.skip_data`), then the numbers are put into their
@@ -15,14 +18,15 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from mmtrain.checkpoint.tensorfile import TensorInfo, info_of, write_bytes
+from mmtrain.checkpoint.tensorfile import TensorInfo, info_of, read_bytes, write_bytes
 from mmtrain.errors import ContentError
 
 log = logging.getLogger(__name__)
@@ -33,8 +37,16 @@ _PREFIX = "module."  # DistributedDataParallel names everything behind it
 _REFUSED = re.compile(r"GLOBAL ([\w.]+\w)|unrecognized function (\S+)|but got (<class \S+>)")
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file by name, wrappers taken off; numbers are read when they are used.
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: what is known of it, and how it is read."""
+
+    info: TensorInfo
+    read: Callable[[], Tensor]
+
+
+def read_pickle(path: Path) -> dict[str, Stored]:
+    """Tensors of a file by name, wrappers taken off.
 
     Raises:
         ContentError: the file wants to run code, is damaged, or holds no state dict.
@@ -53,15 +65,33 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             f"or below one of {', '.join(_WRAPPERS)}"
         )
     if all(name.startswith(_PREFIX) for name in found):
-        return {name.removeprefix(_PREFIX): tensor for name, tensor in found.items()}
-    return dict(found)
+        found = {name.removeprefix(_PREFIX): tensor for name, tensor in found.items()}
+    return {name: _stored(path, tensor) for name, tensor in found.items()}
+
+
+def _stored(path: Path, tensor: Tensor) -> Stored:
+    info = info_of(tensor)
+    if not isinstance(tensor, FakeTensor):
+        return Stored(info, lambda: tensor)
+    stride, width = tensor.stride(), info.dtype.itemsize
+    steps = zip(info.shape, stride, strict=True)
+    span = 1 + sum((length - 1) * step for length, step in steps) if tensor.numel() else 0
+    begin: Any = tensor.untyped_storage()._checkpoint_offset
+    place = int(begin) + int(tensor.storage_offset()) * width
+
+    def read() -> Tensor:
+        flat = read_bytes(path, place, span * width).view(info.dtype)
+        return flat.as_strided(info.shape, stride) if span else flat.view(info.shape)
+
+    return Stored(info, read)
 
 
 def _load(path: Path) -> Any:
     try:
         if zipfile.is_zipfile(path):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        # files of torch before 1.6 cannot be mapped
+            with FakeTensorMode():
+                return torch.load(path, map_location="cpu", weights_only=True)
+        # files of torch before 1.6 do not say where their numbers are
         log.info("%s: no zip archive; the whole file is read to memory", path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mmtrain.checkpoint.tensorfile import DTYPES, TensorInfo, info_of
+from mmtrain.checkpoint.tensorfile import DamagedFileError, TensorFile, TensorInfo
 from mmtrain.convert.pickles import SUFFIXES, read_pickle
 from mmtrain.errors import ContentError, MissingError
 
@@ -46,7 +45,7 @@ class Source:
         """
         try:
             return self._get(name)
-        except (SafetensorError, RuntimeError, OSError) as error:
+        except (DamagedFileError, OSError) as error:
             raise ContentError(f"{self.files[name]}: {name} cannot be read: {error}") from error
 
     def renamed(self, rename: Callable[[str], str]) -> "Source":
@@ -101,26 +100,22 @@ def open_file(path: Path) -> Source:
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix in SUFFIXES:
-        tensors = read_pickle(path)
-        infos = {name: info_of(tensor) for name, tensor in tensors.items()}
-        return Source(path, infos, dict.fromkeys(infos, path), tensors.__getitem__)
+        stored = read_pickle(path)
+        infos = {name: part.info for name, part in stored.items()}
+        return Source(path, infos, dict.fromkeys(infos, path), lambda name: stored[name].read())
     allowed = ", ".join((".safetensors", *SUFFIXES))
     raise ContentError(f"{path}: unknown kind of weight file; expected {allowed}")
 
 
 def _open_safetensors(path: Path) -> Source:
     try:
-        file: Any = safe_open(path, framework="pt")
-        infos = {}
-        for name in file.keys():  # noqa: SIM118 not a mapping
-            part = file.get_slice(name)
-            infos[name] = TensorInfo(tuple(part.get_shape()), DTYPES[part.get_dtype()])
-    except (SafetensorError, KeyError) as error:
+        file = TensorFile.open(path)
+    except DamagedFileError as error:
         raise ContentError(
             f"{path}: {path.stat().st_size:,} bytes, not a whole safetensors file ({error}); it is "
             "cut off or damaged: copy it again and compare its size"
         ) from error
-    return Source(path, infos, dict.fromkeys(infos, path), file.get_tensor)
+    return Source(path, file.infos, dict.fromkeys(file.infos, path), file.get)
 
 
 def open_index(index: Path) -> Source:

@@ -1,6 +1,8 @@
 """The release at full size: every name, every shape, every count of the specification."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,62 +15,10 @@ from mmtrain.models.emu.names import RELEASE
 
 # specification of the release: name (N = block), shape, blocks
 TABLE: list[tuple[str, tuple[int, ...], int]] = [
-    ("visual.cls_token", (1, 1, 1408), 1),
-    ("visual.pos_embed", (1, 257, 1408), 1),
-    ("visual.patch_embed.proj.weight", (1408, 3, 14, 14), 1),
-    ("visual.patch_embed.proj.bias", (1408,), 1),
-    *(
-        (f"visual.blocks.N.norm{i}.{leaf}", (1408,), 40)
-        for i in (1, 2)
-        for leaf in ("weight", "bias")
-    ),
-    ("visual.blocks.N.attn.qkv.weight", (4224, 1408), 40),
-    ("visual.blocks.N.attn.q_bias", (1408,), 40),
-    ("visual.blocks.N.attn.v_bias", (1408,), 40),
-    ("visual.blocks.N.attn.proj.weight", (1408, 1408), 40),
-    ("visual.blocks.N.attn.proj.bias", (1408,), 40),
-    ("visual.blocks.N.mlp.fc1.weight", (6144, 1408), 40),
-    ("visual.blocks.N.mlp.fc1.bias", (6144,), 40),
-    ("visual.blocks.N.mlp.fc2.weight", (1408, 6144), 40),
-    ("visual.blocks.N.mlp.fc2.bias", (1408,), 40),
-    ("visual.norm.weight", (1408,), 1),
-    ("visual.norm.bias", (1408,), 1),
-    ("visual.head.weight", (1024, 1408), 1),
-    ("visual.head.bias", (1024,), 1),
-    ("ln_visual.weight", (1408,), 1),
-    ("ln_visual.bias", (1408,), 1),
-    ("cformer.causal_tokens", (1, 32, 768), 1),
-    ("cformer.cformer.embed_tokens.weight", (32128, 768), 1),
-    *(
-        (f"cformer.cformer.block.N.layer.0.SelfAttention.{x}.weight", (768, 768), 12)
-        for x in "qkvo"
-    ),
-    (
-        "cformer.cformer.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-        (32, 12),
-        1,
-    ),
-    *(
-        (f"cformer.cformer.block.N.layer.1.EncDecAttention.{x}.weight", (768, width), 12)
-        for x, width in (("q", 768), ("o", 768), ("k", 1408), ("v", 1408))
-    ),
-    ("cformer.cformer.block.N.layer.2.DenseReluDense.wi.weight", (3072, 768), 12),
-    ("cformer.cformer.block.N.layer.2.DenseReluDense.wo.weight", (768, 3072), 12),
-    *((f"cformer.cformer.block.N.layer.{i}.layer_norm.weight", (768,), 12) for i in range(3)),
-    ("cformer.cformer.final_layer_norm.weight", (768,), 1),
-    ("cformer.projection.weight", (5120, 768), 1),
-    ("cformer.projection.bias", (5120,), 1),
-    ("decoder.lm.model.embed_tokens.weight", (32004, 5120), 1),
-    *((f"decoder.lm.model.layers.N.self_attn.{x}_proj.weight", (5120, 5120), 40) for x in "qkvo"),
-    ("decoder.lm.model.layers.N.self_attn.rotary_emb.inv_freq", (64,), 40),
-    ("decoder.lm.model.layers.N.mlp.gate_proj.weight", (13824, 5120), 40),
-    ("decoder.lm.model.layers.N.mlp.up_proj.weight", (13824, 5120), 40),
-    ("decoder.lm.model.layers.N.mlp.down_proj.weight", (5120, 13824), 40),
-    ("decoder.lm.model.layers.N.input_layernorm.weight", (5120,), 40),
-    ("decoder.lm.model.layers.N.post_attention_layernorm.weight", (5120,), 40),
-    ("decoder.lm.model.norm.weight", (5120,), 1),
-    ("decoder.lm.lm_head.weight", (32004, 5120), 1),
-    ("decoder.lm.stu_regress_head.weight", (5120, 5120), 1),
+    (name, tuple(shape), blocks)
+    for name, shape, blocks in json.loads(
+        (Path(__file__).parents[2] / "golden/emu_release.json").read_text()
+    )
 ]
 SHAPES = {
     name.replace("N", str(block)) if ".N." in name else name: shape
