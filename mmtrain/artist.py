@@ -107,7 +107,7 @@ class Artist:
     @cached_property
     def null_QD(self) -> Tensor | None:
         """What stands for no condition: the rows after an empty prompt, or None for zeros."""
-        if self.drawer is None or self.drawer.config.null is Null.zeros:
+        if self.drawer is None or self.drawer.config.unconditional is Null.zeros:
             return None
         return self.trained.rollout([self.trained.prompt([])])[0]
 

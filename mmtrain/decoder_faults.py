@@ -28,9 +28,9 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
             "missing; name the run, checkpoint or export of the frozen model, or with "
             "decoder.cached the folder of conditions that it made",
         )
-    if config.condition is Condition.encoder and config.null is Null.prompt:
+    if config.condition is Condition.encoder and config.unconditional is Null.prompt:
         yield Problem(
-            "decoder.null",
+            "decoder.unconditional",
             "prompt is written after a text, but decoder.condition = encoder reads pictures; use "
             "zeros",
         )

@@ -111,7 +111,7 @@ class Frozen:
     def null_QD(self) -> Tensor:
         """The rows that stand for no condition, float32."""
         rows_QD = self._rollout([(self.sampler.form.bos,)])[0]
-        return torch.zeros_like(rows_QD) if self.config.null is Null.zeros else rows_QD
+        return torch.zeros_like(rows_QD) if self.config.unconditional is Null.zeros else rows_QD
 
     def know(self, pairs: Pairs) -> Known:
         """Conditions `[N, Q, D]` and latents (or moments) of a micro-batch, float32."""
@@ -289,7 +289,7 @@ class Samples:
             model=self.language.sizes(),
             tokenizer=self.vocabulary.fingerprint,
             condition=config.condition.value,
-            null=config.null.value,
+            unconditional=config.unconditional.value,
             vae="" if config.vae is None else f"{kept} {vaes.identity(Path(config.vae))}",
             fit=config.fit.value,
         )

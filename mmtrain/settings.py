@@ -303,7 +303,7 @@ class DecoderConfig:
     recipe: str | None = None  # of the frozen model; null = recipe.yaml of the run
     condition: Condition = Condition.rollout
     condition_scale: float = 1.0  # conditions are multiplied by it
-    null: Null = Null.prompt
+    unconditional: Null = Null.prompt
     drop: float = 0.1  # share of samples trained without their condition
     cached: str | None = None  # folder written by tools/encode_latents.py; null = made in the run
     longest_text: int = 0  # tokens; documents with more are left out; 0 = no limit

@@ -58,7 +58,7 @@ class Origin:
         model: its sizes, as JSON.
         tokenizer: fingerprint.
         condition: rollout or encoder.
-        null: prompt or zeros.
+        unconditional: prompt or zeros.
         vae: hash of the VAE, or "" for pixels.
         fit: how pictures become squares.
     """
@@ -67,7 +67,7 @@ class Origin:
     model: str
     tokenizer: str
     condition: str
-    null: str
+    unconditional: str
     vae: str
     fit: str
 

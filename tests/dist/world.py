@@ -46,6 +46,17 @@ class World:
         assert codes == [0] * ranks, f"{name}: exit codes {codes}\n{self.last_log}"
         return self.metrics(name)
 
+    def tool(self, name: str, *argv: str) -> subprocess.CompletedProcess[str]:
+        """Run a script of `tools/` in the folder."""
+        return subprocess.run(
+            [sys.executable, str(REPOSITORY / "tools" / name), *argv],
+            cwd=self.folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """The lines of a run's `metrics.jsonl`."""
         path = self.folder / "runs" / name / "metrics.jsonl"
