@@ -214,3 +214,30 @@ def test_tasks_are_asked_on_pipelines_and_partitions_too(world: World) -> None:
 def test_every_steps_needs_something_to_ask(world: World) -> None:
     assert world.run(1, "train", str(TINY), "name=x", "evaluate.every_steps=5") == [2]
     assert "there is nothing to ask" in world.last_log
+
+
+@pytest.fixture(scope="module")
+def decoder(world: World) -> Path:
+    """A decoder run that is evaluated while it trains, drawing what its frozen model writes."""
+    world.train("written", 1, *HELDOUT, "train.steps=2", "schedule.warmup_steps=1")
+    paint = "evaluate.tasks.paint={kind: draw, documents: 6, steps: 2, guidance: 1}"
+    recipe = str(TINY.with_name("tiny_decoder.yaml"))
+    options = ("decoder.language=runs/written", "train.steps=2", "schedule.warmup_steps=1")
+    argv = ("train", recipe, "name=drawn", *options, paint, "evaluate.every_steps=2")
+    assert world.run(2, *argv) == [0, 0], world.last_log
+    return world.folder / "runs" / "drawn"
+
+
+def test_a_decoder_is_judged_while_it_trains_and_by_command(world: World, decoder: Path) -> None:
+    (line,) = lines(decoder / "evaluation.jsonl")
+    assert 0 <= line["paint/accuracy"] <= 1 and "paint/attribute_binding" in line
+    with Image.open(decoder / "evaluation/step-00000002-paint.png") as grid:
+        assert grid.width > 6 * 112
+    task = report(decoder, 2)["tasks"]["paint"]
+    assert "clean" in task["notes"]["the judge's own error on the true pictures"]
+    assert command(world, decoder) == 0, world.last_log  # draws the same again
+    assert report(decoder, 2)["tasks"]["paint"]["records"] == task["records"]
+    writer = world.folder / "runs" / "written"
+    paint = "evaluate.tasks.paint={kind: draw, documents: 6, steps: 2, guidance: 1}"
+    assert command(world, writer, paint, "--decoder", str(decoder)) == 0, world.last_log
+    assert report(writer, 2)["tasks"]["paint"]["records"] == task["records"]
