@@ -46,6 +46,7 @@ _SHOWN = 20  # faults shown a line each; the others are counted
 _HOPELESS = 1000  # broken records without a sound one before a run gives up
 _LOOKED_AT = 100  # records that decide about the format
 _CLIPS = (".mp4", ".webm", ".mkv", ".mov", ".avi")
+_CONVERTED = ("GIF", "BMP")  # to PNG; documents hold `images.FORMATS`
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -253,16 +254,14 @@ def _picture(folder: Path, name: str) -> tuple[bytes, ...]:
 
 
 def _as_png(blob: bytes, name: str, error: Exception) -> bytes:
-    """GIF, BMP, TIFF and others, first frame; a damaged picture stays one."""
+    """GIF (its first frame) and BMP; what is damaged stays so."""
     try:
-        with Image.open(io.BytesIO(blob)) as picture:
-            if picture.format in images.FORMATS or picture.width * picture.height > (
-                images.MAX_PIXELS
-            ):
-                raise Broken(Reason.undecodable, f"{name[:80]} cannot be decoded ({error})")
-            return images.encode_png(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as again:
-        raise Broken(Reason.undecodable, f"{name[:80]} cannot be decoded ({error})") from again
+        with Image.open(io.BytesIO(blob), formats=_CONVERTED) as picture:
+            if picture.width * picture.height <= images.MAX_PIXELS:
+                return images.encode_png(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        pass  # told below, with the first reason
+    raise Broken(Reason.undecodable, f"{name[:80]} cannot be decoded ({error})") from error
 
 
 def _embedded(name: str) -> bytes:
