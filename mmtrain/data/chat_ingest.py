@@ -153,23 +153,29 @@ def _tell(source: Path, record: Record, broken: Broken, report: ChatReport) -> N
     if count == _SHOWN:
         log.warning("further broken records are counted, not shown")
     if count == report.records == _HOPELESS:
-        raise ContentError(
-            f"{source}: the first {_HOPELESS} records are all broken as {report.format} "
-            f"({report.reasons}); nothing was written. Is --format right, and --images the folder "
-            "that names are relative to?"
-        )
+        raise _none_is_sound(source, report)
 
 
 def _judge(source: Path, report: ChatReport, max_failures: float) -> None:
     if not report.records:
         raise ContentError(f"{source} holds no record")
+    if not report.conversations:
+        raise _none_is_sound(source, report)
     broken = report.broken.total()
-    if not report.conversations or broken > max_failures * report.records:
+    if broken > max_failures * report.records:
         raise ContentError(
             f"{source}: {broken} of {report.records} records are broken as {report.format} "
             f"({report.reasons}), allowed is a share of {max_failures}; nothing was written. "
             "Repair them, or raise --max-failures"
         )
+
+
+def _none_is_sound(source: Path, report: ChatReport) -> ContentError:
+    return ContentError(
+        f"{source}: all of the {report.records} records read are broken as {report.format} "
+        f"({report.reasons}); nothing was written. Is --format right, and --images the folder "
+        "that names are relative to?"
+    )
 
 
 @dataclass

@@ -362,7 +362,7 @@ def test_nothing_but_broken_records_is_content_invalid_whatever_is_allowed(spoil
 def test_a_hopeless_file_is_given_up_early(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_ingest, "_HOPELESS", 5)
     (folder / "chat.json").write_text(json.dumps([llava(image="x.png")] * 9 + [llava()] * 900))
-    with pytest.raises(ContentError, match=r"first 5 records are all broken .*--images the folder"):
+    with pytest.raises(ContentError, match=r"all of the 5 records read are .*--images the folder"):
         write_chat(folder / "chat.json", folder / "out", ChatOptions())
 
 
