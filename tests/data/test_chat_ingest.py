@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import io
 import json
 import logging
 import random
@@ -10,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from made import png
+from PIL import Image
 
 from mmtrain.cli import main
-from mmtrain.data import chat_ingest, chat_records
+from mmtrain.data import chat_ingest, chat_records, video
 from mmtrain.data.chat import SYSTEM
 from mmtrain.data.chat_formats import Reason
 from mmtrain.data.chat_ingest import ChatOptions, write_chat
@@ -178,9 +181,40 @@ def test_pictures_are_kept_as_they_are_and_frames_in_order(folder: Path) -> None
     assert frames == tuple(png((20 * number, 0, 0)) for number in chosen)
 
 
-def test_other_kinds_of_pictures_become_png(folder: Path) -> None:
-    from PIL import Image
+def film(path: Path, frames: int) -> None:
+    """A film of grey frames that grow lighter by 8 steps each."""
+    av = pytest.importorskip("av", reason="the extra `video` is not installed")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for index in range(frames):
+            pixels = np.full((48, 64, 3), 8 * index, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
 
+
+def test_clips_are_named_by_an_id_and_a_broken_film_by_its_record(
+    folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film(folder / "v_film.mp4", 22)
+    (folder / "v_cut.mkv").write_bytes((folder / "v_film.mp4").read_bytes()[:500])
+    names = ["v_film", "v_cut", "v_film.mp4"]
+    records = [{"video_id": name, "q": "What?", "a": "Grey."} for name in names]
+    (folder / "chat.json").write_text(json.dumps(records))
+    report = write_chat(folder / "chat.json", folder / "out", ChatOptions(max_failures=0.5))
+    assert report.broken == {Reason.undecodable: 1} and "record 2" in lines[0]
+    first, second = (document.parts[2].media for document in written(folder / "out"))
+    assert first == second and len(first) == 8
+    greys = [np.asarray(Image.open(io.BytesIO(blob)), np.float64).mean() for blob in first]
+    assert greys == pytest.approx([24 * number for number in range(8)], abs=6)
+    monkeypatch.setattr(video, "av", None)
+    with pytest.raises(MissingError, match=r"pip install 'mmtrain\[video\]'"):
+        write_chat(folder / "chat.json", folder / "again", ChatOptions())
+
+
+def test_other_kinds_of_pictures_become_png(folder: Path) -> None:
     Image.new("RGB", (28, 28), (200, 30, 30)).save(folder / "c.gif")
     assert ingest(folder, [llava(image="c.gif")]) == 0
     assert written(folder / "out")[0].parts[2].media[0].startswith(b"\x89PNG")
