@@ -64,8 +64,9 @@ class Diffusion:
         """
         made: Any
         if scheduler is Scheduler.pndm:
+            table = {**self._table, "prediction_type": self._spoken(scheduler).value}
             made = PNDMScheduler(
-                **self._table, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
+                **table, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
             )
         elif scheduler is Scheduler.ddim:
             bounds = {"clip_sample": limited is not None, "clip_sample_range": limited or 1.0}
@@ -77,3 +78,18 @@ class Diffusion:
             )
         made.set_timesteps(steps)
         return made
+
+    def _spoken(self, scheduler: Scheduler) -> Prediction:
+        """The kind of answer a solver is given: PNDM of diffusers 0.39 takes no clean picture."""
+        if scheduler is Scheduler.pndm and self._prediction is Prediction.sample:
+            return Prediction.epsilon
+        return self._prediction
+
+    def spoken(
+        self, scheduler: Scheduler, answer: Tensor, noisy: Tensor, timestep: Tensor
+    ) -> Tensor:
+        """The decoder's answer in the kind that a solver takes."""
+        if self._spoken(scheduler) is self._prediction:
+            return answer
+        kept = self._kept.to(noisy.device)[timestep.to(noisy.device)]
+        return (noisy - kept.sqrt() * answer) / (1 - kept).sqrt()

@@ -99,7 +99,8 @@ class Solving:
         """Clean `[B, C, h, w]` of noise `[B, C, h, w]` and conditions, then nulls, `[2B, Q, D]`."""
         drawer = self.drawer
         limit = 1.0 if drawer.vae is None else None
-        solver = Diffusion(drawer.config).solver(self.scheduler, self.steps, limit)
+        diffusion = Diffusion(drawer.config)
+        solver = diffusion.solver(self.scheduler, self.steps, limit)
         x: Tensor = noise.to(drawer.device) * solver.init_noise_sigma
         guided = self.guidance != 1.0
         conditions = conditions if guided else conditions[: len(x)]
@@ -111,6 +112,7 @@ class Solving:
             if guided:
                 told, nothing = answer.chunk(2)
                 answer = nothing + self.guidance * (told - nothing)
+            answer = diffusion.spoken(self.scheduler, answer, scaled, timestep)
             x = solver.step(answer, timestep, x, return_dict=False)[0]
         return x
 
