@@ -5,7 +5,10 @@ import torch
 
 from mmtrain.nn.noise import RowNoise, row_numbers, seed_of
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def test_masks_do_not_depend_on_the_device() -> None:
