@@ -26,6 +26,7 @@ from mmtrain.models.emu.golden import (
     padded,
     prompts_of,
 )
+from mmtrain.models.emu.golden_storyboards import storyboards
 from mmtrain.models.emu.model import EmuHead, parameters
 from mmtrain.models.emu.names import RELEASE, with_peft
 from mmtrain.nn.choice import Beams
@@ -38,7 +39,6 @@ GRADIENTS = 1e-5  # of the largest magnitude in the tensor; of the norm
 ROLLOUT = 1e-4  # errors are fed back once a visual row
 MARGIN = 2 * LOGITS  # a difference of two logits
 INSTRUCT, INSTRUCT_GRADIENTS, MERGED = 5e-5, 3e-5, 1e-6
-NOT_COVERED = {"storyboard.json": "belongs to a data tool, there is no model in it"}
 
 
 def every_check(golden: Golden) -> Iterator[Comparison]:
@@ -46,6 +46,7 @@ def every_check(golden: Golden) -> Iterator[Comparison]:
     yield from forward(golden)
     yield from generation(golden)
     yield from instruct(golden)
+    yield from storyboards(golden.folder)
 
 
 def forward(golden: Golden) -> Iterator[Comparison]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from mmtrain.errors import ContentError, MissingError
 from mmtrain.models.emu.golden import Golden, compare
 from mmtrain.models.emu.golden_checks import every_check, forward, generation, instruct
+from mmtrain.models.emu.golden_storyboards import storyboards
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +108,16 @@ def test_a_missing_weight_is_named(golden: Golden, tmp_path: Path) -> None:
     save_file(weights, copy.folder / "weights.safetensors")
     with pytest.raises(ContentError, match=r"ln_visual\.weight: missing"):
         copy.pretrained()
+
+
+@pytest.mark.parametrize("key, value", [("frame_num", 4), ("frame_times", [0, 9, 20, 30, 40])])
+def test_a_storyboard_told_otherwise_is_found(
+    golden: Golden, tmp_path: Path, key: str, value: object
+) -> None:
+    told = json.loads((golden.folder / "storyboard.json").read_text())
+    told["cases"][0]["expected"][key] = value
+    told["cases"][1]["expected"]["pairs"][1]["text"] += "!"
+    (tmp_path / "storyboard.json").write_text(json.dumps(told))
+    found = [comparison.passed for comparison in storyboards(tmp_path)]
+    assert found == [False, False, True, True, True, True, True]
+    assert list(storyboards(tmp_path / "nowhere")) == []
