@@ -115,7 +115,8 @@ def _wanted_code(message: str) -> str | None:
 
 def _damaged(path: Path, error: Exception) -> str:
     first = (str(error).splitlines() or [""])[0][:120]
-    first = type(error).__name__ if first.startswith("Weights only load failed") else first
+    if not first or first.startswith("Weights only load failed"):
+        first = type(error).__name__
     return (
         f"{path}: {path.stat().st_size:,} bytes, cannot be read as torch weights ({first}); the "
         "file is cut off, damaged or no weight file: copy it again and compare its size"

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from converted import ROOT, assert_equal, tensors_of
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -18,7 +20,7 @@ from mmtrain.cli import main
 from mmtrain.layout.dims import ParallelDims
 from mmtrain.models.census import take_census
 from mmtrain.models.emu.names import LLAMA, RELEASE
-from mmtrain.models.emu.spec import EMU
+from mmtrain.models.families import spec_of
 from mmtrain.nn.init import draw_by_name
 from mmtrain.nn.lora import is_adapter, merged
 from mmtrain.recipe import examine
@@ -26,19 +28,26 @@ from mmtrain.recipe import examine
 
 def weights(recipe: Path) -> dict[str, Tensor]:
     """Weights of a recipe's model, drawn; the halves B of adapters are not zero."""
-    model = examine(recipe).recipe.model  # type: ignore[union-attr]
-    shapes = {n: s for layer in take_census(EMU, model) for n, s in layer.shapes.items()}
-    out = {n: draw_by_name(n, s, EMU.initial(model), 1) for n, s in shapes.items()}
+    read = examine(recipe).recipe
+    assert read is not None
+    spec, model = spec_of(read.family, read.phase), read.model
+    shapes = {n: s for layer in take_census(spec, model) for n, s in layer.shapes.items()}
+    out = {n: draw_by_name(n, s, spec.initial(model), 1) for n, s in shapes.items()}
     return {n: torch.ones_like(t) if n.endswith("_lora.b.weight") else t for n, t in out.items()}
 
 
 def make_run(folder: Path, lora: dict[str, object] | None = None) -> dict[str, Tensor]:
-    """A run folder with a committed checkpoint of step 10; returns its weights."""
-    folder.mkdir()
+    """A run of the tiny recipe with grouped queries."""
     recipe = yaml.safe_load((ROOT / "configs/emu/tiny.yaml").read_text())
     recipe["model"]["language"]["kv_heads"] = 2
     if lora is not None:
         recipe["model"]["lora"] = lora
+    return make_run_of(folder, recipe)
+
+
+def make_run_of(folder: Path, recipe: dict[str, Any]) -> dict[str, Tensor]:
+    """A run folder with a committed checkpoint of step 10; returns its weights."""
+    folder.mkdir()
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     tensors = weights(folder / "recipe.yaml")
     partial = store.begin(folder / "checkpoints", 10)
@@ -116,6 +125,15 @@ def test_adapters_of_a_run_go_out_alone_or_merged(
     assert run(tmp_path / "run", "--as", "llama", "--out", tmp_path / "hf", "--merge-lora") == 0
     trunk = {n: t for n, t in merged(tensors, 3.0).items() if LLAMA.foreign_name(n)}
     assert_equal(tensors_of(tmp_path / "hf"), LLAMA.to_foreign(trunk))
+
+
+def test_a_decoder_run_goes_out_as_a_unet_that_diffusers_reads(tmp_path: Path) -> None:
+    recipe = yaml.safe_load((ROOT / "configs/emu/tiny_decoder.yaml").read_text())
+    tensors = make_run_of(tmp_path / "run", recipe)
+    assert run(tmp_path / "run", "--as", "unet", "--out", tmp_path / "unet") == 0
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    assert_equal({f"unet.{name}": t for name, t in unet.state_dict().items()}, tensors)
+    assert unet.config.cross_attention_dim == 32 and unet.config.sample_size == 8
 
 
 def test_a_wrong_kind_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
