@@ -70,6 +70,11 @@ class Manner:
         words = self.prompt.replace("{question}", example.question)
         return [*pictures, *([words] if words else [])]
 
+    def whole(self, example: Example, written: str) -> str:
+        """The sentence that was written, with the words of the document that it goes on from."""
+        begun = example.question if "{question}" in self.prompt else ""
+        return f"{begun} {written}".strip()
+
     def shows(self, example: Example) -> Row:
         """An example with its answer.
 

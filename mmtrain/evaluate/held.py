@@ -69,11 +69,14 @@ def turns(source: str, document: Document) -> Iterator[tuple[Example, tuple[Part
         raise ContentError(
             f"{source}/{document.sample_id}: {len(names)} question kinds for {len(answers)} answers"
         )
+    shown = tuple(blob for part in document.parts for blob in part.media)
     for number, (place, name) in enumerate(zip(answers, names, strict=True)):
+        words = [part.text for part in document.parts[:place] if part.text and not part.markup]
         example = Example(
             key=f"{source}/{document.sample_id}/{number}",
             image=f"{source}/{document.sample_id}",
-            pictures=(),
+            pictures=shown,
+            question=words[-1] if words else "",
             answers=(document.parts[place].text,),
             group=f"{source}/{name}",
             facts=document.meta,

@@ -246,8 +246,9 @@ def _heading(assignment: Assignment, checkpoint: str, step: int) -> dict[str, ob
 
 
 def _place(run: Path, checkpoint: str | None) -> tuple[str, int]:
-    """Name and step of a checkpoint, the newest one for None."""
-    name = checkpoint or store.committed(run / "checkpoints")[-1].name
+    """Name and step of a checkpoint, the newest one for None; exported weights have no step."""
+    found = store.committed(run / "checkpoints")
+    name = checkpoint or (found[-1].name if found else "weights")
     return name, _step(name)
 
 

@@ -18,7 +18,7 @@ from mmtrain.data.shapes_chat import judge_answer
 from mmtrain.data.shapes_text import judge
 from mmtrain.errors import ContentError, MissingError
 from mmtrain.evaluate import held, vqa
-from mmtrain.evaluate.asking import Asked, Manner, Subject, ask, context_of, write
+from mmtrain.evaluate.asking import Asked, Manner, Subject, ask, context_of, is_tuned, write
 from mmtrain.evaluate.cider import cider
 from mmtrain.evaluate.drawing import draw
 from mmtrain.evaluate.examples import Example, ExampleSet, Row
@@ -42,6 +42,7 @@ _ANSWER = Beams(beams=5, new_tokens=20, minimum_length=1, length_penalty=-1.0)
 _SHAPES = Beams(beams=1, new_tokens=24)
 _CAPTION_PROMPT = "the image depicts a photo of"
 _QUESTION_PROMPT = "based on the picture, {question} short answer:"  # Emu2, arXiv:2312.13286
+_DESCRIBE = "describe the picture"  # as `data.shapes_chat` asks
 _SHOWN = 12  # pictures of a grid
 _REMEDY = "data.heldout, or name one as path:"
 
@@ -66,28 +67,27 @@ def shapes_captions(name: str, config: TaskConfig, subject: Subject) -> Iterator
             f"{name}: no document keeps facts to judge captions by (`mmtrain data shapes` writes "
             f"such documents): add one to {_REMEDY}"
         )
-    for label, manner, support in _manners(name, config, subject, "{question}", _SHAPES):
+    prompt = _shapes_prompt(trained)
+    for label, manner, support in _manners(name, config, subject, prompt, _SHAPES):
         asked = ask(trained, found, manner, support)
         outcomes, records = [], []
         for example, written in asked.answers:
-            text = f"{example.question} {written}".strip()
+            text = manner.whole(example, written)
             right = judge(text, example.facts)
             outcomes.append((tuple(example.group.split("/", 1)), float(right)))
             records.append({"sample": example.key, "text": text, "right": right})
-        yield _result(
-            label, config, asked, outcomes, {"accuracy": _mean(right for _, right in outcomes)},
-            records,
-        )  # fmt: skip
+        metrics = {"accuracy": _mean(right for _, right in outcomes)}
+        yield _result(label, config, asked, outcomes, metrics, records)
 
 
 def caption(name: str, config: TaskConfig, subject: Subject) -> Iterator[Result]:
     """Captions compared with those of people."""
     trained = subject.trained
     found = _published(config, subject.heldout)
-    prompt = _CAPTION_PROMPT if _is_json(config) else "{question}"
+    prompt = _CAPTION_PROMPT if _is_json(config) else _shapes_prompt(trained)
     for label, manner, support in _manners(name, config, subject, prompt, _CAPTION):
         asked = ask(trained, found, manner, support)
-        texts = [f"{e.question} {caption_of(written)}".strip() for e, written in asked.answers]
+        texts = [manner.whole(example, caption_of(text)) for example, text in asked.answers]
         references = [[caption_words(a) for a in e.answers] for e, _ in asked.answers]
         scores = cider([caption_words(text) for text in texts], references)
         records = [
@@ -95,6 +95,11 @@ def caption(name: str, config: TaskConfig, subject: Subject) -> Iterator[Result]
             for (example, _), text, score in zip(asked.answers, texts, scores, strict=True)
         ]
         yield _result(label, config, asked, [], {"cider": 100 * _mean(scores)}, records)
+
+
+def _shapes_prompt(trained: Trained) -> str:
+    """A run tuned on conversations is asked; any other goes on from the document's own words."""
+    return _DESCRIBE if is_tuned(trained) else "{question}"
 
 
 def short_answers(name: str, config: TaskConfig, subject: Subject) -> Iterator[Result]:
@@ -220,7 +225,9 @@ def _beams(config: TaskConfig, published: Beams) -> Beams:
 
 def _supporting(task: TaskConfig, config: ExamplesConfig, heldout: Heldout) -> ExampleSet:
     if task.kind is TaskKind.vqa:
-        return _questions(config)
+        asked = _questions(config)
+        answered = tuple(example for example in asked.examples if example.answers)
+        return ExampleSet(answered, asked.broken)
     if _is_json(config):
         return read_captions(Path(config.path), Path(config.images), config.split)
     found = _captions(config, heldout, sys.maxsize)

@@ -182,6 +182,7 @@ def test_every_turn_is_asked_after_the_true_answers_before_it(shapes: Path) -> N
     assert len(asked) == len(longest.meta["question_kind"]) > 1
     for number, (example, parts) in enumerate(asked):
         assert example.answers == (longest.meta["answers"][number],)
+        assert example.question == longest.meta["questions"][number]
         assert example.group == f"chat/{longest.meta['question_kind'][number]}"
         said = [part.text for part in parts if part.answer and not part.markup]
         assert said == longest.meta["answers"][:number]
@@ -202,6 +203,19 @@ def test_true_answers_are_right_and_others_wrong(shapes: Path) -> None:
     assert free.metrics["exact"] == 0 and free.metrics["accuracy"] > 0.5
     wrong = judge_replies("chat", config, Asked([(e, "perhaps") for e in turns]))
     assert wrong.metrics == {"accuracy": 0.0, "exact": 0.0}
+
+
+def test_a_tuned_run_describes_what_it_is_shown(
+    trained: Trained, tuned: Trained, subject_of: Callable[[Trained], Subject]
+) -> None:
+    """Asked in words of its own, it does not go on from those of the document."""
+    config = TaskConfig(kind=TaskKind.shapes_captions, documents=12, new_tokens=2)
+    begun = {}
+    for name, run in (("trained", trained), ("tuned", tuned)):
+        (result,) = run_task("captions", config, subject_of(run))
+        begun[name] = [record["text"].startswith("the ") for record in result.records]
+        assert result.asked == 9 and result.grid is not None
+    assert sum(begun["trained"]) >= 2 > sum(begun["tuned"])  # a colour and a position
 
 
 def test_conversations_are_asked(tuned: Trained, subject_of: Callable[[Trained], Subject]) -> None:
