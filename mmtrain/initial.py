@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from mmtrain.checkpoint import portable
@@ -20,7 +21,7 @@ from mmtrain.data.vocabulary import Vocabulary
 from mmtrain.errors import ContentError
 from mmtrain.models.spec import ModelSpec
 from mmtrain.nn.init import draw_by_name
-from mmtrain.nn.lora import is_adapter
+from mmtrain.nn.lora import LoraConfig, is_adapter
 from mmtrain.settings import Recipe
 
 log = logging.getLogger(__name__)
@@ -55,8 +56,38 @@ def initial_weights(
     tables = spec.vocabulary_tables
     start = Start(source, portable.open_tensors(source), tables, likened, shapes, drawn)
     start.check()
+    if any(map(is_adapter, start.found)):
+        _check_alpha(source, recipe)
     start.describe()
     return start.tensor
+
+
+def _check_alpha(source: Path, recipe: Recipe) -> None:
+    """Shapes do not tell alpha; another one would scale the adapters that were found.
+
+    Raises:
+        ContentError: they were trained with another alpha than the recipe's.
+    """
+    ours = getattr(recipe.model, "lora", None)
+    trained = _alpha_of(source)
+    if isinstance(ours, LoraConfig) and trained not in (None, ours.alpha):
+        raise ContentError(
+            f"train.initialize_from {source}: its adapters were trained with alpha {trained:g}, "
+            f"model.lora.alpha is {ours.alpha:g}; set model.lora.alpha={trained:g}"
+        )
+
+
+def _alpha_of(source: Path) -> float | None:
+    """Alpha of the adapters of an export, a run or a checkpoint, as far as it is written down."""
+    description = portable.Description.read(source)
+    if description is not None:
+        return (description.lora or {}).get("alpha")
+    for folder in (source, source.parent.parent):  # a run; a checkpoint of one
+        path = folder / "recipe.yaml"
+        if path.is_file():
+            model = (yaml.safe_load(path.read_text()) or {}).get("model") or {}
+            return (model.get("lora") or {}).get("alpha")
+    return None
 
 
 def _draw(name: str, shape: tuple[int, ...], rules: Any, seed: int) -> Tensor:
@@ -123,12 +154,13 @@ class Start:
             and not self.is_short(name)
             and not (self.draws_adapters and is_adapter(name))
         ]
-        wrong += [
-            f"{name}: not a parameter of the model"
-            + (", which has no such adapter (see model.lora)" if is_adapter(name) else "")
-            for name in self.found
-            if name not in self.shapes
-        ]
+        strange = [name for name in self.found if name not in self.shapes]
+        wrong += [f"{n}: not a parameter of the model" for n in strange if not is_adapter(n)]
+        if without := [name for name in strange if is_adapter(name)]:
+            wrong.append(
+                f"{without[0]} and {len(without) - 1} more: adapters that the model does not have "
+                "(set model.lora as they were trained)"
+            )
         wrong += [
             f"{name} has no row for {new.word!r}, which train.new_rows names for {new.token}"
             for name in filter(self.is_short, self.tables)

@@ -120,6 +120,16 @@ def test_adapters_lower_the_loss_and_merge_into_the_weights_they_stand_beside(
     )
 
 
+def test_adapters_go_on_where_another_run_left_them_but_not_under_another_alpha(
+    world: World, reference: list[dict[str, Any]]
+) -> None:
+    again = (*LORA, "train.steps=1", "train.initialize_from=runs/lora-one")
+    first = world.train("lora-again", 1, *again)[0]
+    assert first["loss_text"] < reference[0]["loss_text"]  # of the same packs
+    codes = world.run(1, "train", str(TINY), "name=no", *again, "model.lora.alpha=8")
+    assert codes == [65] and "trained with alpha 16" in world.last_log
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_adapters_do_not_depend_on_the_layout(
     world: World, base: str, reference: list[dict[str, Any]], layout: str
