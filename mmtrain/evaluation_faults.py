@@ -44,10 +44,12 @@ def missing_files(recipe: Recipe) -> Iterator[Problem]:
     for name, task in recipe.evaluate.tasks.items():
         place = join("evaluate.tasks", name)
         yield from _missing(place, task)
-        if task.system not in ("auto", *SYSTEM) and not Path(task.system).is_file():
+        system = task.system
+        known = system is None or system in ("auto", *SYSTEM)
+        if not known and not Path(str(system)).is_file():
             yield Problem(
                 f"{place}.system",
-                f"there is no file {task.system}; name one, or one of auto, {', '.join(SYSTEM)}",
+                f"there is no file {system}; name one, or one of auto, {', '.join(SYSTEM)}",
             )
         if task.support is not None:
             yield from _missing(f"{place}.support", task.support)

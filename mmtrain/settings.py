@@ -201,8 +201,9 @@ class TaskConfig(ExamplesConfig):
     kind: TaskKind
     documents: int | None = None  # asked, of each source; null = 256 of shards, all of a JSON file
     prompt: str | None = None  # words after a picture; `{question}` stands for the question
-    # system message of a run tuned on conversations: auto, image, video, none, or a file
-    system: str = "auto"
+    # system message of a run tuned on conversations: auto, image, video, none, or a file;
+    # null = auto for JSON, none for shards
+    system: str | None = None
     beams: int | None = None  # of the search; 1 = greedy
     new_tokens: int | None = None  # of an answer at most
     shots: tuple[int, ...] = (0,)  # examples shown before a question; each number is a result

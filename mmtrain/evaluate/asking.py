@@ -24,7 +24,7 @@ from mmtrain.evaluate.shots import Support
 from mmtrain.models.emu.generate import Prompt
 from mmtrain.models.families import spec_of
 from mmtrain.nn.choice import Beams
-from mmtrain.settings import Phase, ShotForm, SourceConfig
+from mmtrain.settings import Phase, ShotForm, SourceConfig, TaskConfig
 from mmtrain.trained import BATCH, Trained
 
 log = logging.getLogger(__name__)
@@ -133,6 +133,12 @@ def laid_out(trained: Trained, row: Row, system: str) -> Sequence[str | Image.Im
         return row
     turn = Turn(contents(row))
     return prompt_parts([turn], template_of(system, [turn]))
+
+
+def system_of(config: TaskConfig) -> str:
+    """The system message of a task: that of its recipe, else as released, for shards none."""
+    published = config.path.endswith(".json") or config.questions is not None
+    return config.system or ("auto" if published else "none")
 
 
 def is_tuned(trained: Trained) -> bool:

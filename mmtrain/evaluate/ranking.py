@@ -14,7 +14,7 @@ from mmtrain.data.rules import Draw
 from mmtrain.data.shapes_text import judge
 from mmtrain.errors import ContentError, MissingError
 from mmtrain.evaluate import held
-from mmtrain.evaluate.asking import Subject, contents, context_of, is_tuned
+from mmtrain.evaluate.asking import Subject, contents, context_of, is_tuned, system_of
 from mmtrain.evaluate.dialogs import Choice, read_dialogs
 from mmtrain.evaluate.examples import Example
 from mmtrain.evaluate.opening import open_pictures
@@ -39,7 +39,9 @@ def rank(name: str, config: TaskConfig, subject: Subject) -> Iterator[Result]:
     ranks, gains, records = [], [], []
     for choice in choices[: config.documents or None]:
         try:
-            scores = score(trained, prompt_of(trained, choice, config.system), choice.candidates)
+            scores = score(
+                trained, prompt_of(trained, choice, system_of(config)), choice.candidates
+            )
         except ContentError as error:
             broken.append(f"{choice.key}: {error}")
             continue

@@ -4,6 +4,7 @@ A task reads its examples, asks, measures, and returns results: one for every nu
 Beams and lengths are those of the evaluators released with Emu, unless the recipe says otherwise.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,16 @@ from mmtrain.data.shapes_chat import judge_answer
 from mmtrain.data.shapes_text import judge
 from mmtrain.errors import ContentError, MissingError
 from mmtrain.evaluate import held, vqa
-from mmtrain.evaluate.asking import Asked, Manner, Subject, ask, context_of, is_tuned, write
+from mmtrain.evaluate.asking import (
+    Asked,
+    Manner,
+    Subject,
+    ask,
+    context_of,
+    is_tuned,
+    system_of,
+    write,
+)
 from mmtrain.evaluate.cider import cider
 from mmtrain.evaluate.drawing import draw
 from mmtrain.evaluate.examples import Example, ExampleSet, Row
@@ -209,7 +219,7 @@ def _manners(
             beams=_beams(config, beams),
             shots=shots,
             form=config.form,
-            system=config.system,
+            system=system_of(config),
         )
         yield name if len(config.shots) == 1 else f"{name}_{shots}_shots", manner, support
 
@@ -299,7 +309,8 @@ def _grid(answers: Sequence[tuple[Example, str]]) -> Image.Image | None:
 
 
 def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
+    found = list(values)
+    return float(np.mean(found)) if found else math.nan
 
 
 def _is_right(written: str, example: Example) -> bool:
