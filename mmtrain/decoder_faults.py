@@ -84,6 +84,10 @@ def _numbers(config: DecoderConfig) -> Iterator[Problem]:
     for key in ("condition_scale", "beta_start", "beta_end", "noise_steps"):
         if not getattr(config, key) > 0:
             yield Problem(f"decoder.{key}", f"found {getattr(config, key)}; allowed: above 0")
+    if config.snr_limit and not config.snr_limit >= 1:
+        yield Problem(
+            "decoder.snr_limit", f"found {config.snr_limit}; allowed: 0, or 1 and more, as in 20"
+        )
     if config.longest_text < 0:
         yield Problem("decoder.longest_text", f"found {config.longest_text}; allowed: 0 or more")
     if config.draw.pictures < 0:

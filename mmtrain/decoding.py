@@ -264,13 +264,14 @@ class Samples:
         dropped = pairs.dropped_N.to(self.device).view(-1, 1, 1)
         conditions = torch.where(dropped, self.null_QD, known.conditions.to(self.device))
         timesteps_N = pairs.timesteps_N.to(self.device)
+        weights_N = pairs.weights_N * self._diffusion.weights(pairs.timesteps_N)
         return Batch(
             inputs=Flow(
                 self._diffusion.mix(clean, noise, timesteps_N),
                 {"timesteps": timesteps_N},
                 (conditions * self.config.condition_scale).flatten(0, 1),
             ),
-            targets=Targets({LOSS: pairs.weights_N}, {LOSS: pairs.origins_N}),
+            targets=Targets({LOSS: weights_N}, {LOSS: pairs.origins_N}),
             info=pairs.info,
         )
 

@@ -316,6 +316,9 @@ class DecoderConfig:
     beta_end: float = 0.012
     noise_steps: int = 1000
     prediction: Prediction = Prediction.epsilon
+    # errors of the clean picture count min(1 + signal / noise, this): edges are learned where there
+    # is little noise; 0 = every answer counts alike, as published
+    snr_limit: float = 0.0
     draw: DrawConfig = field(default_factory=DrawConfig)
 
 

@@ -103,18 +103,16 @@ def test_a_resumed_run_continues_bit_for_bit(
 
 
 def test_running_means_are_what_their_formula_says(world: World, language: Path) -> None:
-    """Weights of every step are saved; the mean is computed again from them."""
+    """Weights of every step are saved; each mean is computed again from the one before."""
     decode(world, "steps", 1, "train.steps=4", "save.every_steps=1", "save.keep=9")
-    run = world.folder / "runs/steps"
+    folders = sorted((world.folder / "runs/steps/checkpoints").iterdir())
     name = "unet.conv_in.weight"
-    saved = [open_tensors(path) for path in sorted((run / "checkpoints").iterdir())]
-    decode(world, "first", 1, "train.steps=1", "optimizer.learning_rate=0")
-    mean = open_tensors(world.folder / "runs/first").get(name)  # as drawn
-    for step, weights in enumerate(saved, 1):
+    mean = open_averaged(folders[0]).get(name)
+    for step, folder in enumerate(folders[1:], 2):
         decay = min(0.9, (1 + step) / (10 + step))
-        mean = decay * mean + (1 - decay) * weights.get(name)
-    torch.testing.assert_close(open_averaged(run).get(name), mean)
-    assert not torch.equal(mean, saved[-1].get(name))
+        mean = decay * mean + (1 - decay) * open_tensors(folder).get(name)
+        torch.testing.assert_close(open_averaged(folder).get(name), mean)
+    assert not torch.equal(mean, open_tensors(folders[-1]).get(name))
 
 
 def test_conditions_made_before_give_the_losses_of_those_made_in_the_loop(
@@ -123,8 +121,6 @@ def test_conditions_made_before_give_the_losses_of_those_made_in_the_loop(
     made = world.tool("encode_latents.py", str(RECIPE), "latents", "--part-documents", "100")
     assert made.returncode == 0, made.stderr
     assert "270 documents encoded, 0 left out" in made.stdout
-    again = world.tool("encode_latents.py", str(RECIPE), "latents", "--part-documents", "100")
-    assert "0 documents encoded" in again.stdout and "270 were there" in again.stdout
     # other micro-batches round otherwise: 1e-7 of a loss
     cached = decode(world, "cached", 2, "decoder.cached=latents")
     check_equal(cached, trained["one-rank"])
@@ -153,7 +149,8 @@ def test_an_autoencoder_on_latents_of_a_vae(world: World, language: Path) -> Non
     asked = (
         "decoder.condition=encoder",
         "decoder.unconditional=zeros",
-        "decoder.vae=vae",
+        f"decoder.vae={world.folder / 'vae'}",
+        "decoder.snr_limit=20",
         "model.sample_channels=4",
         "train.steps=2",
         "schedule.warmup_steps=1",

@@ -28,6 +28,7 @@ class Diffusion:
         """Make the step table."""
         self.steps = config.noise_steps
         self._prediction = config.prediction
+        self._limit = config.snr_limit
         self._table = {
             "num_train_timesteps": config.noise_steps,
             "beta_schedule": config.beta_schedule.value,
@@ -52,6 +53,21 @@ class Diffusion:
         elif self._prediction is Prediction.sample:
             wanted = clean
         return torch.cat([noisy, wanted], 1)
+
+    def weights(self, timesteps_N: Tensor) -> Tensor:
+        """How much the answer at each timestep counts, float32 `[N]`.
+
+        An error of the clean picture counts min(1 + snr, limit) (Salimans & Ho 2022,
+        arXiv:2202.00512, section 4, cut off as in arXiv:2303.09556); in terms of the noise that is
+        divided by the snr, in terms of v by 1 + snr.
+        """
+        if not self._limit:
+            return torch.ones(len(timesteps_N))
+        kept = self._kept[timesteps_N.cpu()]
+        snr = kept / (1 - kept)
+        clean = (1 + snr).clamp(max=self._limit)
+        share = {Prediction.sample: 1.0, Prediction.epsilon: snr, Prediction.v_prediction: 1 + snr}
+        return clean / share[self._prediction]
 
     def solver(self, scheduler: Scheduler, steps: int, limited: Any = None) -> Any:
         """A diffusers scheduler, ready for `steps` steps.

@@ -137,3 +137,27 @@ def test_faults_of_sizes_name_what_would_fit() -> None:
     assert "1 levels, model.channels has 2" in found["model.attends"]
     assert "multiple of 2" in found["model.sample_size"]
     assert "must be positive" in found["model.conditions"]
+
+
+@pytest.mark.parametrize("prediction", Prediction)
+def test_an_error_of_the_clean_picture_counts_alike_whatever_is_predicted(
+    prediction: Prediction,
+) -> None:
+    """min(1 + snr, limit) times the squared error of the picture that the answer amounts to."""
+    diffusion = Diffusion(DecoderConfig(prediction=prediction, snr_limit=20.0))
+    timesteps = torch.tensor([10, 300, 800, 990])
+    clean, noise = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
+    noisy, wanted = diffusion.mix(clean, noise, timesteps).chunk(2, 1)
+    kept = diffusion._kept.double()[timesteps].view(-1, 1, 1, 1)
+    guess = clean + 0.1 * torch.randn_like(clean)
+    answer = {
+        Prediction.sample: guess,
+        Prediction.epsilon: (noisy - kept.sqrt() * guess) / (1 - kept).sqrt(),
+        Prediction.v_prediction: (kept.sqrt() * noisy - guess) / (1 - kept).sqrt(),
+    }[prediction]
+    error = (answer - wanted).square().mean((1, 2, 3)) * diffusion.weights(timesteps)
+    counts = (1 / (1 - kept.flatten())).clamp(max=20)
+    torch.testing.assert_close(
+        error, counts * (guess - clean).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-6
+    )
+    assert Diffusion(DecoderConfig()).weights(timesteps).tolist() == [1, 1, 1, 1]
