@@ -66,8 +66,9 @@ class Diffusion:
         kept = self._kept[timesteps_N.cpu()]
         snr = kept / (1 - kept)
         clean = (1 + snr).clamp(max=self._limit)
-        share = {Prediction.sample: 1.0, Prediction.epsilon: snr, Prediction.v_prediction: 1 + snr}
-        return clean / share[self._prediction]
+        if self._prediction is Prediction.sample:
+            return clean
+        return clean / (snr if self._prediction is Prediction.epsilon else 1 + snr)
 
     def solver(self, scheduler: Scheduler, steps: int, limited: Any = None) -> Any:
         """A diffusers scheduler, ready for `steps` steps.
