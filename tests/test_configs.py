@@ -18,6 +18,8 @@ RECIPES = sorted(ROOT.joinpath("configs").rglob("*.yaml"))
 COUNTS = {
     "emu/tiny": 119_808,
     "emu/tiny_instruct": 122_880,
+    "emu/shapes_encoder": 1_890_688,
+    "emu/shapes_pretrain": 1_890_688,
     "emu/shapes_instruct": 2_046_848,
     "emu/demo": 1_628_160,
     "emu/25m": 25_211_136,
