@@ -198,6 +198,8 @@ def _convert(arguments: Arguments) -> int:
 
     run, checkpoint, out = arguments.run, arguments.checkpoint, arguments.out
     if arguments.form is None:
+        if arguments.merge_lora:
+            arguments.parser.error("--merge-lora goes with --as llama or --as emu")
         return export_tensors(run, checkpoint, out)
     adapters = Adapters.merge if arguments.merge_lora else Adapters.keep
     return export_release(run, checkpoint, out, arguments.form, adapters)

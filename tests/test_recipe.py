@@ -134,7 +134,7 @@ def test_a_misspelt_key_gets_the_nearest_spelling_and_the_list(tiny: Path) -> No
 
 def test_a_key_in_the_wrong_section_is_pointed_to_its_own(tiny: Path) -> None:
     assert "did you mean optimizer.clip_norm?" in only(tiny, "train.clip_norm=1")
-    assert "did you mean train.steps?" in only(tiny, "stepps=1")
+    assert "did you mean save.keep?" in only(tiny, "keep=1")
     assert "did you mean model.language.heads?" in only(tiny, "model.language.head=4")
     fault = only(tiny, "data.sources.captions.rul=pair")
     assert "did you mean data.sources.captions.rule?" in fault
