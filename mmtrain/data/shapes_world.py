@@ -25,7 +25,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross")
 # pairs that training never shows; they are drawn only for the held-out source `novel`
 NOVEL = (("purple", "triangle"), ("orange", "cross"), ("yellow", "circle"))
-RADII = {"small": (5.5, 7.0), "medium": (9.0, 11.0), "large": (12.5, 14.0)}  # pixels
+RADII = {"small": (6.0, 7.5), "medium": (9.0, 11.0), "large": (12.5, 14.0)}  # pixels
 MARGIN = 6.0  # pixels between centres from which a relation in space holds
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 _ZOOM = 4  # drawn so many times larger, then averaged: smooth edges
@@ -82,7 +82,10 @@ def apart(draw: Draw, pair: Sequence[Kind], sizes: Sequence[str]) -> list[dict[s
     """Two objects that do not touch, beside or above each other."""
     near, far = SIDE * 0.26, SIDE * 0.74
     first, second = (near, far) if draw.chance(0.5) else (far, near)
-    ends = [(position + draw.uniform(-2, 2), _near(draw)) for position in (first, second)]
+    ends = [
+        (position + draw.uniform(-2, 2), SIDE / 2 + draw.uniform(-4, 4))
+        for position in (first, second)
+    ]
     if draw.chance(0.5):
         ends = [(y, x) for x, y in ends]
     return [
@@ -91,17 +94,17 @@ def apart(draw: Draw, pair: Sequence[Kind], sizes: Sequence[str]) -> list[dict[s
 
 
 def crowd(draw: Draw, kind: Kind, count: int) -> list[dict[str, Any]]:
-    """`count` small objects of one kind in different cells of a 3 x 3 grid."""
-    cell = SIDE / 3
+    """`count` small objects of one kind in different quarters of the picture."""
+    quarter = SIDE / 2
     return [
         thing(
             draw,
             kind,
-            (place % 3 + 0.5) * cell + draw.uniform(-1.5, 1.5),
-            (place // 3 + 0.5) * cell + draw.uniform(-1.5, 1.5),
+            (place % 2 + 0.5) * quarter + draw.uniform(-4, 4),
+            (place // 2 + 0.5) * quarter + draw.uniform(-4, 4),
             "small",
         )
-        for place in draw.subset(9, count)
+        for place in draw.subset(4, count)
     ]
 
 
