@@ -21,6 +21,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.errors import Problem
@@ -42,6 +43,7 @@ class UNetConfig:
 
     sample_channels: int = 4  # of latents; 3 diffuses pixels
     sample_size: int = 64  # latents (or pixels) a side
+    patch: int = 1  # a side of the squares that are one position of the UNet; 1 = as in SD-1.5
     channels: tuple[int, ...] = (320, 640, 1280, 1280)  # of each level; each halves the size
     attends: tuple[bool, ...] = (True, True, True, False)  # levels with cross-attention
     layers_per_block: int = 2
@@ -73,13 +75,15 @@ class DecoderUNet(UNet2DConditionModel):  # type: ignore[misc]
     def predict(self, noisy: Tensor, timesteps_N: Tensor, conditions_NQD: Tensor) -> Tensor:
         """The answer `[N, C, h, w]` to noisy pictures, in the precision of the weights."""
         kind = self.conv_in.weight.dtype
+        # a patch of 1 leaves everything in place
+        patch = math.isqrt(self.conv_in.in_channels // noisy.shape[1])
         out: Tensor = super().forward(
-            noisy.to(kind),
+            pixel_unshuffle(noisy.to(kind), patch),
             timesteps_N,
             encoder_hidden_states=conditions_NQD.to(kind),
             return_dict=False,
         )[0]
-        return out
+        return pixel_shuffle(out, patch)
 
 
 def diffusers_config(config: UNetConfig) -> dict[str, Any]:
@@ -87,9 +91,9 @@ def diffusers_config(config: UNetConfig) -> dict[str, Any]:
     down = {True: "CrossAttnDownBlock2D", False: "DownBlock2D"}
     up = {True: "CrossAttnUpBlock2D", False: "UpBlock2D"}
     return {
-        "sample_size": config.sample_size,
-        "in_channels": config.sample_channels,
-        "out_channels": config.sample_channels,
+        "sample_size": config.sample_size // config.patch,
+        "in_channels": config.sample_channels * config.patch**2,
+        "out_channels": config.sample_channels * config.patch**2,
         "down_block_types": tuple(down[attends] for attends in config.attends),
         "up_block_types": tuple(up[attends] for attends in reversed(config.attends)),
         "block_out_channels": tuple(config.channels),
@@ -198,12 +202,13 @@ def problems(config: UNetConfig, tensor: int) -> Iterator[Problem]:
                 f"model.{key}",
                 f"{divisor} does not divide model.channels {odd}; use a divisor of {common}",
             )
-    halved = 2 ** (len(config.channels) - 1)
-    if config.sample_size > 0 and config.sample_size % halved:
+    halved = config.patch * 2 ** (len(config.channels) - 1)
+    if min(config.sample_size, config.patch) > 0 and config.sample_size % halved:
         yield Problem(
             "model.sample_size",
-            f"{config.sample_size} cannot be halved {len(config.channels) - 1} times, once for "
-            f"every level of model.channels but the last; use a multiple of {halved}",
+            f"{config.sample_size} in patches of model.patch = {config.patch} cannot be halved "
+            f"{len(config.channels) - 1} times, once for every level of model.channels but the "
+            f"last; use a multiple of {halved}",
         )
 
 

@@ -84,6 +84,21 @@ def test_the_loss_is_the_mean_square_of_diffusers_own_forward() -> None:
     torch.testing.assert_close(unet(flow)["noise"], (answer - wanted).square().mean((1, 2, 3)))
 
 
+def test_patches_are_positions_of_the_unet() -> None:
+    patched = UNetConfig(**{**vars(SMALL), "sample_size": 16, "patch": 2})
+    torch.manual_seed(0)
+    unet = build_unet(patched)
+    assert unet.conv_in.in_channels == unet.conv_out.out_channels == 3 * 4
+    noisy, timesteps, rows = torch.randn(2, 3, 16, 16), torch.tensor([5, 50]), torch.randn(2, 4, 12)
+    plain = UNet2DConditionModel(**diffusers_config(patched))
+    plain.load_state_dict(unet.state_dict())
+    squares = torch.nn.functional.pixel_unshuffle(noisy, 2)
+    answer = torch.nn.functional.pixel_shuffle(plain(squares, timesteps, rows).sample, 2)
+    torch.testing.assert_close(unet.predict(noisy, timesteps, rows), answer)
+    odd = UNetConfig(**{**vars(SMALL), "sample_size": 10, "patch": 2})
+    assert "use a multiple of 4" in next(iter(problems(odd, 1))).text
+
+
 @pytest.mark.parametrize("prediction", Prediction)
 @pytest.mark.parametrize("schedule", BetaSchedule)
 def test_noise_is_mixed_as_diffusers_mixes_it(
