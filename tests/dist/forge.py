@@ -1,7 +1,7 @@
 """Starts ranks quickly: one process imports everything once, then forks a world for each request.
 
-Reads one JSON request a line (`world`, `argv`, `env`, `log`), answers with the exit codes. Every
-rank calls `mmtrain.cli.main(argv)`, the function behind the `mmtrain` command, with the
+Reads one JSON request a line (`folder`, `world`, `argv`, `env`, `log`), answers with the exit
+codes. Every rank calls `mmtrain.cli.main(argv)`, the function behind the `mmtrain` command, with the
 environment a launcher would give it.
 """
 
@@ -25,6 +25,7 @@ def become_rank(rank: int, request: dict[str, Any], port: int) -> None:
     log = os.open(f"{request['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    os.chdir(request["folder"])
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -101,9 +101,7 @@ def test_heldout_losses_are_those_of_the_plain_model(
         layout=setting.layout,
         pack_tokens=trained.recipe.data.pack_tokens,
     )
-    layers = load_layers(
-        setting.spec, trained.recipe.model, open_tensors(run), torch.device("cpu")
-    )
+    layers = load_layers(setting.spec, trained.recipe.model, open_tensors(run), torch.device("cpu"))
     sums = {"text": [0.0, 0.0], "image": [0.0, 0.0]}
     for batch in heldout_batches(
         make_plan(setting, OnePass(source)), assembler, packs=2, micro_batch_packs=1

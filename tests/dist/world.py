@@ -11,30 +11,48 @@ REPOSITORY = Path(__file__).parents[2]
 TINY = REPOSITORY / "configs/emu/tiny.yaml"
 
 
-class World:
-    """Starts `mmtrain` on N ranks in `folder`, where `demo_data` lies."""
+class Forge:
+    """A process that has imported everything and forks ranks on demand (`forge.py`)."""
 
-    def __init__(self, folder: Path) -> None:
-        """Start the forge."""
-        self.folder = folder
+    def __init__(self) -> None:
+        """Start it."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        self.forge = subprocess.Popen(
+        self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("forge.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            cwd=folder,
             env=environment,
             text=True,
         )
 
+    def start(self, request: dict[str, Any]) -> list[int]:
+        """Exit codes of the ranks of one request."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        codes: list[int] = json.loads(self._process.stdout.readline())
+        return codes
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
+class World:
+    """Starts `mmtrain` on N ranks in `folder`, where `demo_data` lies."""
+
+    def __init__(self, folder: Path, forge: Forge) -> None:
+        """Take a folder of its own and the shared forge."""
+        self.folder = folder
+        self.forge = forge
+
     def run(self, ranks: int, *argv: str, env: dict[str, str] | None = None) -> list[int]:
         """Exit codes of one command on `ranks` ranks."""
         log = self.folder / f"log-{len(list(self.folder.glob('log-*.0')))}"
-        request = {"world": ranks, "argv": list(argv), "env": env or {}, "log": str(log)}
-        assert self.forge.stdin is not None and self.forge.stdout is not None
-        self.forge.stdin.write(json.dumps(request) + "\n")
-        self.forge.stdin.flush()
-        codes: list[int] = json.loads(self.forge.stdout.readline())
+        request = {"folder": str(self.folder), "world": ranks, "argv": list(argv)}
+        codes = self.forge.start(request | {"env": env or {}, "log": str(log)})
         self.last_log = "\n".join(
             Path(f"{log}.{rank}").read_text()[-4000:] for rank in range(ranks)
         )
@@ -61,9 +79,3 @@ class World:
         """The lines of a run's `metrics.jsonl`."""
         path = self.folder / "runs" / name / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()]
-
-    def close(self) -> None:
-        """End the forge."""
-        assert self.forge.stdin is not None
-        self.forge.stdin.close()
-        self.forge.wait(30)
