@@ -48,7 +48,7 @@ TRAIN_EMU = command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu; \
 	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(nproc) + 1) / 2 ))}; \
 	torchrun --nproc-per-node 2 --master-port $$($(FREE_PORT)) -m mmtrain train
 
-emu: emu-evaluate ## the whole of Emu on coloured shapes: pretrain, decoder, instruct, evaluate (20 minutes)
+emu: emu-evaluate ## the whole of Emu on coloured shapes: pretrain, decoder, instruct, evaluate (half an hour)
 
 emu-data: setup
 	@test -e $(DEMO_DATA)/tokenizer/tokenizer.json || \
