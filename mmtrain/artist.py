@@ -20,8 +20,6 @@ from mmtrain.prompts import Piece
 from mmtrain.settings import Null, Phase
 from mmtrain.trained import Trained, load_run
 
-_BATCH = 32  # pictures drawn at a time
-
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
@@ -90,19 +88,14 @@ class Artist:
         """Pictures number `first` and on of a call, one for each embedding."""
         assert self.drawer is not None
         usual, style = self.drawer.config.draw, self.style
-        out: list[Image.Image] = []
-        for start in range(0, len(embeddings_BQD), _BATCH):
-            chunk = embeddings_BQD[start : start + _BATCH]
-            seeds = [style.seed + first + start + k for k in range(len(chunk))]
-            out += self.drawer.draw(
-                chunk,
-                null_QD=self.null_QD,
-                scheduler=style.scheduler or usual.scheduler.value,
-                steps=style.steps or usual.steps,
-                guidance=usual.guidance if style.guidance is None else style.guidance,
-                seeds=seeds,
-            )
-        return out
+        return self.drawer.draw(
+            embeddings_BQD,
+            null_QD=self.null_QD,
+            scheduler=style.scheduler or usual.scheduler.value,
+            steps=style.steps or usual.steps,
+            guidance=usual.guidance if style.guidance is None else style.guidance,
+            seeds=[style.seed + first + k for k in range(len(embeddings_BQD))],
+        )
 
     @cached_property
     def null_QD(self) -> Tensor | None:

@@ -108,12 +108,10 @@ def _check(arguments: Arguments) -> int:
 
 def _plan(arguments: Arguments) -> int:
     from mmtrain.facts import plan
-    from mmtrain.recipe import examine
+    from mmtrain.recipe import read
 
-    seen = examine(arguments.recipe, arguments.overrides, arguments.world)
-    if seen.recipe is None or seen.faults:
-        raise RecipeError(seen.faults)
-    print(plan(seen.recipe, arguments.world))  # needs no data: missing files do not matter
+    recipe = read(arguments.recipe, arguments.overrides, arguments.world)
+    print(plan(recipe, arguments.world))
     return ExitCode.DONE
 
 

@@ -30,7 +30,7 @@ from mmtrain.data.vocabulary import Vocabulary
 from mmtrain.decoder_faults import recipe_of_language
 from mmtrain.encoders import vae as vaes
 from mmtrain.encoders.vae import Vae
-from mmtrain.errors import ContentError, RecipeError
+from mmtrain.errors import ContentError
 from mmtrain.models.emu.decoder import LOSS, UNetConfig
 from mmtrain.models.emu.diffusion import Diffusion
 from mmtrain.models.emu.generate import EmuSampler, Prompt
@@ -70,12 +70,10 @@ class Language:
             RecipeError: the recipe has faults.
         """
         assert config.language is not None
-        seen = recipes.examine(recipe_of_language(config))
-        if seen.recipe is None or seen.faults:
-            raise RecipeError(seen.faults)
-        spec = spec_of(seen.recipe.family, seen.recipe.phase)
-        layout = spec.sequence(seen.recipe.model, vocabulary.ids)
-        return cls(Path(config.language), seen.recipe, layout)
+        recipe = recipes.read(recipe_of_language(config))
+        spec = spec_of(recipe.family, recipe.phase)
+        layout = spec.sequence(recipe.model, vocabulary.ids)
+        return cls(Path(config.language), recipe, layout)
 
     def identity(self) -> str:
         """Hash by which its weights are told from others."""

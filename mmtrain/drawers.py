@@ -9,7 +9,7 @@ from torch import Tensor
 from mmtrain import recipe as recipes
 from mmtrain.checkpoint import portable
 from mmtrain.encoders.vae import Vae
-from mmtrain.errors import ContentError, MissingError, RecipeError
+from mmtrain.errors import ContentError, MissingError
 from mmtrain.models.emu.decoder import LAYER, DecoderUNet, UNetConfig, build_unet
 from mmtrain.models.emu.drawing import EmuDrawer
 from mmtrain.settings import DecoderConfig, Phase
@@ -32,10 +32,7 @@ def load_drawer(
     """
     if not (run / "recipe.yaml").is_file():
         raise MissingError(f"{run}: holds no recipe.yaml; expected a run of the phase decoder")
-    seen = recipes.examine(run / "recipe.yaml")
-    if seen.recipe is None or seen.faults:
-        raise RecipeError(seen.faults)
-    recipe = seen.recipe
+    recipe = recipes.read(run / "recipe.yaml")
     if recipe.phase is not Phase.decoder:
         raise ContentError(
             f"{run} is a run of the phase {recipe.phase.value}; a decoder is trained with "

@@ -12,12 +12,11 @@ from mmtrain.convert.canonical import described_lora, open_canonical
 from mmtrain.convert.kinds import EXPORTS, Options, convert
 from mmtrain.convert.release import Adapters
 from mmtrain.convert.writing import SHARD_BYTES
-from mmtrain.errors import ExitCode, RecipeError
+from mmtrain.errors import ExitCode
 from mmtrain.models.emu.config import EmuConfig
 from mmtrain.models.emu.decoder import UNetConfig, build_unet
 from mmtrain.models.emu.sizes import Sizes
-from mmtrain.recipe import examine
-from mmtrain.settings import Recipe
+from mmtrain.recipe import read
 
 RECIPE = "recipe.yaml"
 
@@ -67,7 +66,7 @@ def described(path: Path) -> Description | None:
         return found
     for folder in (path, path.parent.parent):
         if (folder / RECIPE).is_file():
-            return describe(read_recipe(folder / RECIPE).model)
+            return describe(read(folder / RECIPE).model)
     return None
 
 
@@ -84,15 +83,3 @@ def describe(model: Any) -> Description | None:
         kind = "emu-instruct" if lora else "emu"
         return Description(kind=kind, model=sizes.described(), lora=lora)
     return None
-
-
-def read_recipe(path: Path) -> Recipe:
-    """A recipe for its sizes; its data need not be there.
-
-    Raises:
-        RecipeError: it has faults.
-    """
-    seen = examine(path)
-    if seen.recipe is None or seen.faults:
-        raise RecipeError(seen.faults)
-    return seen.recipe

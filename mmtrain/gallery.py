@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -53,12 +52,7 @@ class Gallery:
 
     def picture(self, index: int) -> Image.Image:
         """A training image."""
-        return opened(self.blobs[index])
-
-
-def opened(blob: bytes) -> Image.Image:
-    """A stored image."""
-    return Image.open(BytesIO(blob)).convert("RGB")
+        return images.open_picture(self.blobs[index])
 
 
 def illustrated(sources: dict[str, SourceConfig], count: int) -> Iterator[tuple[str, Document]]:

@@ -10,7 +10,6 @@ a red circle [IMG]                           an image after a text
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import takewhile
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from PIL import Image, ImageSequence
 
 from mmtrain.data.chat import Turn, prompt_parts, template_of
 from mmtrain.data.document import Modality, Part
-from mmtrain.data.images import encode_png
+from mmtrain.data.images import encode_png, open_picture
 from mmtrain.data.video import read_frames
 from mmtrain.errors import MmtrainError, Problem, RecipeError
 
@@ -109,7 +108,7 @@ def asked_before(parts: Sequence[Part]) -> Request:
     shown: Row = []
     for part in before:
         if part.modality is not Modality.text:
-            shown += [Image.open(BytesIO(blob)).convert("RGB") for blob in part.media]
+            shown += map(open_picture, part.media)
         elif not part.markup:
             shown.append(part.text)
     return Request(before, shown=shown)
@@ -158,7 +157,7 @@ def open_media(path: Path) -> list[Image.Image]:
     ending = path.suffix.lower().lstrip(".")
     if ending in _FILMS:
         blobs = read_frames(path, FRAMES, choose=released_frames)
-        return [Image.open(BytesIO(blob)).convert("RGB") for blob in blobs]
+        return list(map(open_picture, blobs))
     with Image.open(path) as picture:
         if ending not in _ANIMATED:
             return [picture.convert("RGB")]

@@ -61,6 +61,20 @@ def load(path: str | Path, overrides: Iterable[str] = (), world_size: int | None
     return seen.recipe
 
 
+def read(path: str | Path, overrides: Iterable[str] = (), world_size: int | None = None) -> Recipe:
+    """Read a recipe whose files need not be there: of a run, or for its sizes.
+
+    The arguments are those of `load`.
+
+    Raises:
+        RecipeError: all faults of the recipe in itself at once.
+    """
+    seen = examine(path, overrides, world_size)
+    if seen.recipe is None or seen.faults:
+        raise RecipeError(seen.faults)
+    return seen.recipe
+
+
 def examine(
     path: str | Path, overrides: Iterable[str] = (), world_size: int | None = None
 ) -> Examined:

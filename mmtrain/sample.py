@@ -15,15 +15,14 @@ from torch import Tensor
 
 from mmtrain.artist import Artist, Style
 from mmtrain.data.document import CHAT, Document, Modality
+from mmtrain.data.images import open_picture
 from mmtrain.data.picture import draw_rows
 from mmtrain.errors import ExitCode, MissingError
-from mmtrain.gallery import Gallery, illustrated, opened
+from mmtrain.gallery import Gallery, illustrated
 from mmtrain.models.emu.generate import Limits, Prompt
 from mmtrain.nn.choice import Beams, Nucleus
 from mmtrain.prompts import Request, Row, asked_before
-from mmtrain.trained import Trained, load_layers, load_run
-
-__all__ = ["Options", "load_layers", "load_run", "sample"]
+from mmtrain.trained import Trained
 
 Record = dict[str, Any]
 
@@ -187,7 +186,7 @@ def _heldout_prompts(trained: Trained, count: int = 6) -> list[Request]:
     requests = [asked_before(document.parts) for document in talks]
     for document in described:
         picture = next(p for p in document.parts if p.modality is not Modality.text)
-        requests.append(Request([opened(picture.media[0]), *_beginning(document)]))
+        requests.append(Request([open_picture(picture.media[0]), *_beginning(document)]))
     for document in described:
         words = next(p.text for p in document.parts if p.modality is Modality.text)
         requests.append(Request([words], wants_image=True))

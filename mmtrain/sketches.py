@@ -16,11 +16,9 @@ from mmtrain.data.mixture import OnePass, Source
 from mmtrain.data.pairs import picture_of
 from mmtrain.data.picture import draw_rows
 from mmtrain.decoding import Samples
-from mmtrain.drawers import load_drawer, make_drawer
+from mmtrain.drawers import make_drawer
 from mmtrain.parallel.mesh import Mesh
 from mmtrain.train.ema import full_tensors
-
-__all__ = ["Sketcher", "load_drawer"]
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from mmtrain.data import images
 from mmtrain.data.document import Modality, Part
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
-from mmtrain.errors import ContentError, RecipeError
+from mmtrain.errors import ContentError
 from mmtrain.models.emu.generate import EmuSampler, Limits, Prompt
 from mmtrain.models.families import spec_of
 from mmtrain.models.spec import ModelSpec
@@ -112,10 +112,7 @@ def load_run(run: Path, checkpoint: str | None = None) -> Trained:
         MissingError: a part of the run is not there.
         RecipeError: its recipe has faults.
     """
-    seen = recipes.examine(run / "recipe.yaml")
-    if seen.recipe is None or seen.faults:
-        raise RecipeError(seen.faults)
-    recipe = seen.recipe
+    recipe = recipes.read(run / "recipe.yaml")
     spec = spec_of(recipe.family, recipe.phase)
     vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
     tensors = portable.open_tensors(run / "checkpoints" / checkpoint if checkpoint else run)

@@ -27,7 +27,8 @@ from mmtrain.convert.plan import Plan
 from mmtrain.convert.release import Adapters
 from mmtrain.data.vocabulary import load_vocabulary
 from mmtrain.errors import ExitCode, MmtrainError, RecipeError
-from mmtrain.export import described, read_recipe
+from mmtrain.export import described
+from mmtrain.recipe import read
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GIGABYTE = 1 << 30
@@ -73,7 +74,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    recipe = read_recipe(arguments.recipe)
+    recipe = read(arguments.recipe)
     words = [NewToken.parse(text) for text in arguments.new_token]
     tokenizer = arguments.tokenizer or Path(recipe.data.tokenizer)
     by_name = any(not part.startswith("#") for new in words for part in (new.token, new.word))
@@ -103,7 +104,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     given = vars(arguments)
     base, recipe = given.get("base"), given.get("recipe")
     return Options(
-        config=read_recipe(recipe).model if recipe else None,
+        config=read(recipe).model if recipe else None,
         adapters=Adapters.merge if given.get("merge_lora") else Adapters.keep,
         alpha=given.get("alpha"),
         base=open_canonical(base, described(base)) if base else None,

@@ -1,6 +1,5 @@
 """Pictures of examples, decoded when they are asked about."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,8 +21,7 @@ def open_pictures(pictures: Sequence[Picture]) -> list[Image.Image]:
         name = f"picture {picture}" if isinstance(picture, Path) else "a stored picture"
         try:
             blob = picture.read_bytes() if isinstance(picture, Path) else picture
-            images.check(blob)
-            out.append(Image.open(io.BytesIO(blob)).convert("RGB"))
+            out.append(images.open_picture(blob))
         except (OSError, images.DecodeError) as error:
             raise ContentError(f"{name} cannot be read: {error}") from error
     return out

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from made import form_of
 
 from mmtrain.data.mixture import Source
 from mmtrain.data.rules import Rule, RuleOptions
@@ -17,7 +18,6 @@ RULES = {
     "boards": Rule.storyboard,
     "text": Rule.text,
 }
-SPECIAL = ("<s>", "</s>", "[PAD]", "[IMG]", "[/IMG]", "<image>")
 
 
 @pytest.fixture(scope="session")
@@ -32,17 +32,7 @@ def vocabulary(world: Path) -> Vocabulary:
 
 @pytest.fixture(scope="session")
 def layout(vocabulary: Vocabulary) -> SequenceFormat:
-    ids = vocabulary.require(SPECIAL)
-    return SequenceFormat(
-        bos=ids["<s>"],
-        eos=ids["</s>"],
-        pad=ids["[PAD]"],
-        image_begin=ids["[IMG]"],
-        image_end=ids["[/IMG]"],
-        image_slot=ids["<image>"],
-        visual_tokens=3,
-        image_size=28,
-    )
+    return form_of(vocabulary)
 
 
 @pytest.fixture(scope="session")

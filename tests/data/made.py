@@ -1,5 +1,9 @@
 """Sources that are made of lengths alone, or kept in memory."""
 
+from pathlib import Path
+
+import numpy as np
+import pytest
 from PIL import Image
 
 from mmtrain.data.document import Document, DocumentLengths, Modality, Part, PartLength
@@ -8,7 +12,10 @@ from mmtrain.data.lengths import collect
 from mmtrain.data.mixture import Source
 from mmtrain.data.rules import Rule, RuleOptions
 from mmtrain.data.shards import count
+from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary
+
+SPECIAL = ("<s>", "</s>", "[PAD]", "[IMG]", "[/IMG]", "<image>")
 
 
 class Unread:
@@ -74,3 +81,32 @@ def document(name: str, *content: str | bytes) -> Document:
         for item in content
     )
     return Document(sample_id=name, kind="page", parts=parts)
+
+
+def form_of(vocabulary: Vocabulary) -> SequenceFormat:
+    """A sequence format of Emu with three visual tokens an image."""
+    ids = vocabulary.require(SPECIAL)
+    return SequenceFormat(
+        bos=ids["<s>"],
+        eos=ids["</s>"],
+        pad=ids["[PAD]"],
+        image_begin=ids["[IMG]"],
+        image_end=ids["[/IMG]"],
+        image_slot=ids["<image>"],
+        visual_tokens=3,
+        image_size=28,
+    )
+
+
+def film(path: Path, frames: int) -> None:
+    """A film of grey frames that grow lighter by 8 steps each."""
+    av = pytest.importorskip("av", reason="the extra `video` is not installed")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for index in range(frames):
+            pixels = np.full((48, 64, 3), 8 * index, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import kept_source, png
+from made import form_of, kept_source, png
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -67,17 +67,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
 
 @pytest.fixture(scope="module")
 def form(llama: Vocabulary) -> SequenceFormat:
-    ids = llama.ids
-    return SequenceFormat(
-        bos=ids["<s>"],
-        eos=ids["</s>"],
-        pad=ids["[PAD]"],
-        image_begin=ids["[IMG]"],
-        image_end=ids["[/IMG]"],
-        image_slot=ids["<image>"],
-        visual_tokens=3,
-        image_size=28,
-    )
+    return form_of(llama)
 
 
 def named(vocabulary: Vocabulary, ids: list[int]) -> list[str]:

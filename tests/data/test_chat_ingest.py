@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made import png
+from made import film, png
 from PIL import Image
 
 from mmtrain.cli import main
@@ -179,20 +179,6 @@ def test_pictures_are_kept_as_they_are_and_frames_in_order(folder: Path) -> None
     frames = next(part for part in second.parts if part.modality is Modality.video).media
     chosen = (0, 2, 3, 5, 6, 8, 9, 11)  # evenly spaced, by number and not by letters
     assert frames == tuple(png((20 * number, 0, 0)) for number in chosen)
-
-
-def film(path: Path, frames: int) -> None:
-    """A film of grey frames that grow lighter by 8 steps each."""
-    av = pytest.importorskip("av", reason="the extra `video` is not installed")
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for index in range(frames):
-            pixels = np.full((48, 64, 3), 8 * index, np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
 
 
 def test_clips_are_named_by_an_id_and_a_broken_film_by_its_record(

@@ -5,29 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made import film
 from PIL import Image
 
 from mmtrain.data import video
 from mmtrain.errors import ContentError, MissingError
 
-av = pytest.importorskip("av", reason="the extra `video` is not installed")
-
-
-def write_video(path: Path, frames: int) -> None:
-    """Grey frames that grow lighter by 8 steps each."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for index in range(frames):
-            pixels = np.full((48, 64, 3), 8 * index, np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+pytest.importorskip("av", reason="the extra `video` is not installed")
 
 
 def test_frames_are_evenly_spaced_from_first_to_last(tmp_path: Path) -> None:
-    write_video(tmp_path / "clip.mp4", 25)
+    film(tmp_path / "clip.mp4", 25)
     frames = [Image.open(io.BytesIO(blob)) for blob in video.read_frames(tmp_path / "clip.mp4", 5)]
     greys = [float(np.asarray(frame, np.float64).mean()) for frame in frames]
     assert greys == pytest.approx([0, 48, 96, 144, 192], abs=6)
@@ -35,7 +23,7 @@ def test_frames_are_evenly_spaced_from_first_to_last(tmp_path: Path) -> None:
 
 
 def test_large_frames_are_made_smaller(tmp_path: Path) -> None:
-    write_video(tmp_path / "clip.mp4", 3)
+    film(tmp_path / "clip.mp4", 3)
     blobs = video.read_frames(tmp_path / "clip.mp4", 8, longest_side=32)
     assert [Image.open(io.BytesIO(blob)).size for blob in blobs] == [(32, 24)] * 3
 

@@ -16,7 +16,7 @@ from mmtrain.data.loader import heldout_batches
 from mmtrain.data.mixture import OnePass
 from mmtrain.models.emu.model import losses
 from mmtrain.run import make_plan, open_sources, read_setting
-from mmtrain.sample import load_layers, load_run
+from mmtrain.trained import load_layers, load_run
 
 HELDOUT = (
     "data.heldout.captions={path: demo_data/heldout/captions, rule: pair, max_images: 1,"
