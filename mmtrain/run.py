@@ -30,8 +30,8 @@ from mmtrain.data.rules import RuleOptions
 from mmtrain.data.sources import open_source
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
-from mmtrain.decoder_job import DecoderJob, look_at_pairs
-from mmtrain.decoding import Samples
+from mmtrain.decoder.conditions import Samples
+from mmtrain.decoder.job import DecoderJob, look_at_pairs
 from mmtrain.errors import ExitCode
 from mmtrain.evaluate import session
 from mmtrain.facts import Facts, collect, positions_of_a_pack

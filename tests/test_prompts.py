@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mmtrain.errors import RecipeError
-from mmtrain.prompts import open_media, parse, parse_chat, read_prompts, released_frames
+from mmtrain.generation.prompts import open_media, parse, parse_chat, read_prompts, released_frames
 
 
 def square(path: Path, colour: str) -> Path:

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from mmtrain import log
-from mmtrain.caching import Share, encode
 from mmtrain.data.latents import KINDS
-from mmtrain.decoding import Samples
+from mmtrain.decoder.caching import Share, encode
+from mmtrain.decoder.conditions import Samples
 from mmtrain.errors import ContentError, MmtrainError, RecipeError
 from mmtrain.recipe import load
 from mmtrain.run import open_sources, read_setting

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from mmtrain.artist import Artist
 from mmtrain.data.chat import Turn, prompt_parts, template_of
 from mmtrain.data.document import Modality, Part
 from mmtrain.data.images import encode_png
@@ -21,6 +20,7 @@ from mmtrain.errors import ContentError
 from mmtrain.evaluate.examples import Example, ExampleSet, Row
 from mmtrain.evaluate.opening import open_pictures
 from mmtrain.evaluate.shots import Support
+from mmtrain.generation.artist import Artist
 from mmtrain.models.emu.generate import Prompt
 from mmtrain.models.families import spec_of
 from mmtrain.nn.choice import Beams

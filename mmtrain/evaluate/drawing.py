@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mmtrain.artist import Style
 from mmtrain.data.shapes_judge import find_objects, own_errors
 from mmtrain.data.shapes_text import Category, judge
 from mmtrain.errors import MissingError
@@ -19,6 +18,7 @@ from mmtrain.evaluate.asking import Subject
 from mmtrain.evaluate.examples import Example, Row
 from mmtrain.evaluate.opening import open_pictures
 from mmtrain.evaluate.report import Result, grouped
+from mmtrain.generation.artist import Style
 from mmtrain.settings import TaskConfig
 
 Draw = Callable[[Sequence[Row]], list[Image.Image]]  # a picture after each prompt

@@ -19,12 +19,12 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from mmtrain import __version__
 from mmtrain import recipe as recipes
-from mmtrain.artist import Artist, Style
 from mmtrain.checkpoint import store
 from mmtrain.errors import ExitCode, MissingError, MmtrainError, Problem, RecipeError
 from mmtrain.evaluate.asking import Subject
 from mmtrain.evaluate.report import Result, append_line, group_table, table, write
 from mmtrain.evaluate.tasks import run_task
+from mmtrain.generation.artist import Artist, Style
 from mmtrain.schema import suggestion
 from mmtrain.settings import Phase, Recipe, TaskConfig, TaskKind
 

@@ -11,7 +11,7 @@ from PIL import Image
 from world import REPOSITORY, World
 
 from mmtrain.checkpoint.portable import open_averaged, open_tensors
-from mmtrain.drawers import load_drawer
+from mmtrain.decoder.drawers import load_drawer
 
 RECIPE = REPOSITORY / "configs/emu/tiny_decoder.yaml"
 KEYS = ("loss", "loss_noise", "grad_norm", "tokens", "images", "documents")

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, ImageChops
 from world import REPOSITORY, World
 
-from mmtrain.artist import Artist, Style
-from mmtrain.prompts import parse
+from mmtrain.generation.artist import Artist, Style
+from mmtrain.generation.prompts import parse
 
 RECIPE = REPOSITORY / "configs/emu/tiny_decoder.yaml"
 

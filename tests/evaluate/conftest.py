@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmtrain.artist import Artist, Style
 from mmtrain.data.vocabulary import load_vocabulary
 from mmtrain.evaluate.asking import Subject
+from mmtrain.generation.artist import Artist, Style
 from mmtrain.models.emu.generate import EmuSampler
 from mmtrain.models.emu.model import build_plain, parameters
 from mmtrain.models.families import spec_of

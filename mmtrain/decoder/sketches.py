@@ -15,8 +15,8 @@ from mmtrain.data.images import open_picture
 from mmtrain.data.mixture import OnePass, Source
 from mmtrain.data.pairs import picture_of
 from mmtrain.data.picture import draw_rows
-from mmtrain.decoding import Samples
-from mmtrain.drawers import make_drawer
+from mmtrain.decoder.conditions import Samples
+from mmtrain.decoder.drawers import make_drawer
 from mmtrain.parallel.mesh import Mesh
 from mmtrain.train.ema import full_tensors
 

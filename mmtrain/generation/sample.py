@@ -13,15 +13,15 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from mmtrain.artist import Artist, Style
 from mmtrain.data.document import CHAT, Document, Modality
 from mmtrain.data.images import open_picture
 from mmtrain.data.picture import draw_rows
 from mmtrain.errors import ExitCode, MissingError
-from mmtrain.gallery import Gallery, illustrated
+from mmtrain.generation.artist import Artist, Style
+from mmtrain.generation.gallery import Gallery, illustrated
+from mmtrain.generation.prompts import Request, Row, asked_before
 from mmtrain.models.emu.generate import Limits, Prompt
 from mmtrain.nn.choice import Beams, Nucleus
-from mmtrain.prompts import Request, Row, asked_before
 from mmtrain.trained import Trained
 
 Record = dict[str, Any]

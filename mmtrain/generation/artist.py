@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from mmtrain import recipe as recipes
-from mmtrain.drawers import load_drawer
+from mmtrain.decoder.drawers import load_drawer
 from mmtrain.errors import ContentError
+from mmtrain.generation.prompts import Piece
 from mmtrain.models.emu.drawing import EmuDrawer
-from mmtrain.prompts import Piece
 from mmtrain.settings import Null, Phase
 from mmtrain.trained import Trained, load_run
 

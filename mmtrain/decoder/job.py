@@ -15,12 +15,12 @@ from mmtrain.data.mixture import Mixture, OnePass, Source
 from mmtrain.data.pack import Mark
 from mmtrain.data.pairs import PairAssembler, PairPlan, Pairs
 from mmtrain.data.picture import draw_rows
-from mmtrain.decoding import Samples
+from mmtrain.decoder.conditions import Samples
+from mmtrain.decoder.sketches import Sketcher, look_of, text_of
 from mmtrain.errors import ExitCode
 from mmtrain.parallel.build import canonical_parameters
 from mmtrain.parallel.mesh import Mesh
 from mmtrain.settings import Recipe
-from mmtrain.sketches import Sketcher, look_of, text_of
 from mmtrain.train.ema import Ema, local_part
 from mmtrain.train.engine import Engine
 from mmtrain.train.loop import Heldout

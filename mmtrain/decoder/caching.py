@@ -15,7 +15,7 @@ from mmtrain.data import latents
 from mmtrain.data.latents import Cache, Known
 from mmtrain.data.mixture import OnePass, Source
 from mmtrain.data.pairs import PairAssembler
-from mmtrain.decoding import Samples
+from mmtrain.decoder.conditions import Samples
 
 log = logging.getLogger(__name__)
 
