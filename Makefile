@@ -13,11 +13,14 @@ export TOKENIZERS_PARALLELISM ?= false
 
 DEMO_DATA := demo_data
 DEMO_RUN := runs/demo
-DEMO_DOCUMENTS ?= 12000
+DEMO_DOCUMENTS ?= 24000
 # as in: make demo DEMO_OVERRIDES="train.steps=10 schedule.warmup_steps=2"
 DEMO_OVERRIDES ?=
 # as in: make emu EMU_OVERRIDES="train.steps=20 schedule.warmup_steps=2"
 EMU_OVERRIDES ?=
+# shapes: two cores, half an hour; long: one GPU (DEMO_DOCUMENTS=200000 before the data are drawn)
+EMU_SIZE ?= shapes
+EMU_RANKS ?= 2
 # the launcher's default port may belong to another run on this machine
 FREE_PORT := python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'
 HAS_GPU := python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
@@ -46,7 +49,7 @@ demo: setup ## write demo data, train an Emu on two processes, sample from it (5
 # two processes share the batch; a run that is complete does nothing when it is started again
 TRAIN_EMU = command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu; \
 	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(nproc) + 1) / 2 ))}; \
-	torchrun --nproc-per-node 2 --master-port $$($(FREE_PORT)) -m mmtrain train
+	torchrun --nproc-per-node $(EMU_RANKS) --master-port $$($(FREE_PORT)) -m mmtrain train
 
 emu: emu-evaluate ## the whole of Emu on coloured shapes: pretrain, decoder, instruct, evaluate (half an hour)
 
@@ -55,32 +58,31 @@ emu-data: setup
 		mmtrain data shapes $(DEMO_DATA) --documents $(DEMO_DOCUMENTS) --seed 0
 
 emu-pretrain: emu-data
-	@$(TRAIN_EMU) configs/emu/shapes_encoder.yaml $(EMU_OVERRIDES)
-	@$(TRAIN_EMU) configs/emu/shapes_pretrain.yaml $(EMU_OVERRIDES)
+	@$(TRAIN_EMU) configs/emu/$(EMU_SIZE)_encoder.yaml $(EMU_OVERRIDES)
+	@$(TRAIN_EMU) configs/emu/$(EMU_SIZE)_pretrain.yaml $(EMU_OVERRIDES)
 
 emu-decoder: emu-pretrain
-	@test -e runs/shapes_latents || \
-		python tools/encode_latents.py configs/emu/shapes_decoder.yaml runs/shapes_latents
-	@$(TRAIN_EMU) configs/emu/shapes_decoder.yaml $(EMU_OVERRIDES)
+	@test -e runs/$(EMU_SIZE)_latents || \
+		python tools/encode_latents.py configs/emu/$(EMU_SIZE)_decoder.yaml runs/$(EMU_SIZE)_latents
+	@$(TRAIN_EMU) configs/emu/$(EMU_SIZE)_decoder.yaml $(EMU_OVERRIDES)
 
 emu-instruct: emu-pretrain
-	@$(TRAIN_EMU) configs/emu/shapes_instruct.yaml $(EMU_OVERRIDES)
+	@$(TRAIN_EMU) configs/emu/$(EMU_SIZE)_instruct.yaml $(EMU_OVERRIDES)
 
 emu-evaluate: emu-decoder emu-instruct
-	@mmtrain evaluate runs/shapes_pretrain
-	@mmtrain evaluate runs/shapes_instruct
-	@mmtrain evaluate runs/shapes_decoder
-	@mmtrain sample runs/shapes_decoder --prompt "a red circle [IMG]" --prompt "two blue squares [IMG]" \
+	@mmtrain evaluate runs/$(EMU_SIZE)_pretrain
+	@mmtrain evaluate runs/$(EMU_SIZE)_instruct
+	@mmtrain evaluate runs/$(EMU_SIZE)_decoder
+	@mmtrain sample runs/$(EMU_SIZE)_decoder --prompt "a red circle [IMG]" --prompt "two blue squares [IMG]" \
 		--prompt "a green cross and a yellow triangle [IMG]" --samples 4
-	@mmtrain sample runs/shapes_instruct
+	@mmtrain sample runs/$(EMU_SIZE)_instruct
 	@echo
-	@echo "figures      runs/shapes_{pretrain,instruct,decoder}/evaluation/*.md"
-	@echo "pictures     runs/shapes_decoder/samples/images.png, runs/shapes_instruct/samples/text.png"
+	@echo "figures      runs/$(EMU_SIZE)_{pretrain,instruct,decoder}/evaluation/*.md"
+	@echo "pictures     runs/$(EMU_SIZE)_decoder/samples/images.png, runs/$(EMU_SIZE)_instruct/samples/text.png"
 	@echo "curves       .venv/bin/tensorboard --logdir runs"
 
 clean-demo: ## remove the demo's data and its runs, and those of `make emu`
-	rm -rf $(DEMO_DATA) $(DEMO_RUN) runs/shapes_encoder runs/shapes_pretrain runs/shapes_latents \
-		runs/shapes_decoder runs/shapes_instruct
+	rm -rf $(DEMO_DATA) $(DEMO_RUN) $(addprefix runs/$(EMU_SIZE)_,encoder pretrain latents decoder instruct)
 
 test: setup ## the CPU test suite
 	@python -m pytest

@@ -71,6 +71,15 @@ def relation(first: Facts, second: Facts) -> str:
     return "above" if dy < 0 else "below"
 
 
+def as_read(objects: Sequence[Facts]) -> Sequence[Facts]:
+    """Two objects in the order people name them: the left one first, or the upper one.
+
+    Named at random, the order would be noise, and nothing but relations would tell places.
+    """
+    first, second = objects
+    return objects if relation(first, second) in ("left of", "above") else (second, first)
+
+
 def caption(category: Category, objects: Sequence[Facts]) -> tuple[str, str]:
     """The sentence of a category about objects, and the prompt it is asked with (or "")."""
     first = objects[0]
@@ -84,9 +93,10 @@ def caption(category: Category, objects: Sequence[Facts]) -> tuple[str, str]:
             number = next(word for word, count in NUMBERS.items() if count == len(objects))
             return f"{number} {first['colour']} {plural(first['shape'])}", ""
         case Category.two:
-            return " and ".join(article(f"{o['colour']} {o['shape']}") for o in objects), ""
+            named = (article(f"{o['colour']} {o['shape']}") for o in as_read(objects))
+            return " and ".join(named), ""
         case Category.binding:
-            named = (article(f"{o['size']} {o['colour']} {o['shape']}") for o in objects)
+            named = (article(f"{o['size']} {o['colour']} {o['shape']}") for o in as_read(objects))
             return " and ".join(named), ""
         case Category.position:
             other = f"{objects[1]['colour']} {objects[1]['shape']}"

@@ -15,7 +15,7 @@ from PIL import Image
 from mmtrain.data.document import Document
 from mmtrain.data.rules import Draw
 from mmtrain.data.shapes import SHARES, Category, judge, write_shapes
-from mmtrain.data.shapes_text import caption
+from mmtrain.data.shapes_text import caption, relation
 from mmtrain.data.shapes_tokenizer import SIZE
 from mmtrain.data.shapes_world import COLOURS, NOVEL, SHAPES, SIDE, paint, thing
 from mmtrain.data.shards import open_shards
@@ -252,3 +252,16 @@ def test_objects_of_a_position_are_named_by_their_larger_distance() -> None:
     facts = scene(RED_CIRCLE, BLUE_CROSS, category=Category.position)
     text, prompt = caption(Category.position, facts["objects"])  # type: ignore[arg-type]
     assert text == "the red circle is left of the blue cross" and prompt == "the red circle is"
+
+
+def test_two_objects_are_named_in_reading_order(world: Path) -> None:
+    pairs = 0
+    for document in documents(world / "captions"):
+        facts = document.meta
+        if facts["category"] not in ("two objects", "attribute binding"):
+            continue
+        words = facts["caption"].split(" and ")
+        named = sorted(facts["objects"], key=lambda item: item["shape"] not in words[0])
+        assert relation(*named) in ("left of", "above"), facts
+        pairs += 1
+    assert pairs > 20

@@ -32,6 +32,9 @@ class VisionConfig:
     heads: int = 16
     mlp_width: int = 6144  # int(1408 * 4.3637)
     norm_eps: float = 1e-6
+    # of initial positions, as in EVA; a tower that starts from nothing learns places sooner when
+    # they are as large as its patches (docs/losses.md)
+    position_std: float = 0.02
 
     @property
     def tokens(self) -> int:
@@ -52,6 +55,7 @@ class CausalConfig:
     relative_buckets: int = 32
     relative_distance: int = 128
     norm_eps: float = 1e-6
+    query_std: float = 0.02  # of initial queries; larger ones part sooner, as for positions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,8 @@ def _vision_rules(config: VisionConfig) -> InitialRules:
     return [
         # the convolution keeps torch's default: U(+- 1 / sqrt(inputs))
         ("vision.stem.patch.{weight,bias}", uniform((3 * config.patch_size**2) ** -0.5)),
-        ("vision.stem.{cls,position}", draw),
+        ("vision.stem.cls", draw),
+        ("vision.stem.position", truncated_normal(config.position_std)),
         *outputs,
         ("vision.blocks.*.{attention,mlp}.{q,k,v,up}.weight", draw),
         ("vision.blocks.*.{attention,mlp}.{q,v,out,up,down}.bias", constant(0.0)),
@@ -109,7 +110,7 @@ def _causal_rules(config: EmuConfig) -> InitialRules:
     width, narrow = causal.width**-0.5, (causal.width * causal.head_width) ** -0.5
     attention = "causal.blocks.*.{self_attention,cross_attention}"
     return [
-        ("causal.queries", normal(0.02)),
+        ("causal.queries", normal(causal.query_std)),
         ("causal.relative_bias", normal(width)),
         (f"{attention}.q.weight", normal(narrow)),
         (f"{attention}.{{k,v}}.weight", normal(width)),

@@ -56,6 +56,18 @@ def test_initial_weights_have_the_spreads_of_the_reference() -> None:
         assert found == pytest.approx(std, rel=0.02), name
 
 
+def test_positions_and_queries_begin_as_large_as_the_recipe_says() -> None:
+    config = small()
+    config = replace(
+        config,
+        vision=replace(config.vision, position_std=0.5),
+        causal=replace(config.causal, query_std=0.3),
+    )
+    for name, std in {"vision.stem.position": 0.5 * 0.8796, "causal.queries": 0.3}.items():
+        found = float(draw_by_name(name, (300, 300), EMU.initial(config), seed=1).std())
+        assert found == pytest.approx(std, rel=0.02), name
+
+
 def test_every_pattern_of_the_plan_names_something() -> None:
     model = build_plain(full_switches(), "meta")
     modules = {f"{layer}.{name}" for layer, m in model.items() for name, _ in m.named_modules()}
