@@ -25,14 +25,14 @@ COUNTS = {
     "emu/long_encoder": 12_006_144,
     "emu/long_pretrain": 12_006_144,
     "emu/long_instruct": 12_630_784,
-    "emu/long_decoder": 24_805_379,
+    "emu/long_decoder": 25_032_076,
     "emu/25m": 25_211_136,
     "emu/100m_pretrain": 107_569_920,
     "emu/7b_pretrain": 7_894_617_600,
     "emu/14b_pretrain": 14_182_299_136,
     "emu/14b_instruct": 14_208_534_016,
     "emu/tiny_decoder": 72_579,
-    "emu/shapes_decoder": 2_413_563,
+    "emu/shapes_decoder": 2_455_020,
     "emu/14b_decoder": 968_146_884,
 }
 
