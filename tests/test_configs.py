@@ -129,6 +129,12 @@ def test_tiny_runs_on_every_layout_of_the_test_suite(tensor: int, pipeline: int)
     assert examine(path, overrides, tensor * pipeline * 2).faults == ()
 
 
+@pytest.mark.parametrize("name", ["encoder", "pretrain", "decoder", "instruct"])
+@pytest.mark.parametrize("size, ranks", [("shapes", 2), ("long", 1), ("long", 2)])
+def test_the_chain_of_make_emu_runs_on_its_ranks(size: str, name: str, ranks: int) -> None:
+    assert examine(ROOT / f"configs/emu/{size}_{name}.yaml", (), ranks).faults == ()
+
+
 def test_the_plan_of_14b_fits_its_machines() -> None:
     recipe = read("emu/14b_pretrain")
     assert examine(ROOT / "configs/emu/14b_pretrain.yaml", (), 128).faults == ()
