@@ -25,10 +25,13 @@
 //                                             arguments stands in parentheses
 //   SIMT_RESIDENT_BLOCKS(kernel, threads, bytes)
 //                                             int, blocks that fill the device once
+//   SIMT_PROCESSORS()                         int, streaming multiprocessors of the device
 //   simt::bf16, simt::fp16, float             element types; the first two hold `uint16_t bits`
 //   simt::to_float(x), simt::from_float<T>(f) round to nearest even
 //   simt::unpack2<T>(word) -> float2, simt::pack2<T>(a, b) -> uint32_t      T: bf16 or fp16
-//   simt::load16(p), load8(p), load4(p)       uint4, uint2, uint32_t from global memory, read once
+//   simt::bits_as_float(word), float_as_bits(x)     reinterpretations
+//   simt::load16(p), load8(p), load4(p)       uint4, uint2, uint32_t from global memory, read once,
+//                                             never written by the same kernel
 //   simt::store16(p, v), store8, store4       to global memory, not read again soon
 //   simt::shared_load16(p), shared_store16(p, v)    the same in shared memory
 //   simt::exp2_approx(x)                      2^x by the special function unit

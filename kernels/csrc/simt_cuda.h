@@ -14,16 +14,31 @@
 #define SIMT_LAUNCH(kernel, grid, block, bytes, stream, ...)                          \
     (kernel<<<grid, block, bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), \
      static_cast<int>(cudaGetLastError()))
-#define SIMT_RESIDENT_BLOCKS(kernel, threads, bytes) \
-    simt::resident_blocks(reinterpret_cast<const void*>(kernel), threads, bytes)
+// Asked of the driver once; all devices of a process are taken to be alike
+#define SIMT_RESIDENT_BLOCKS(kernel, threads, bytes)                                         \
+    ([&] {                                                                                   \
+        static const int blocks =                                                            \
+            simt::resident_blocks(reinterpret_cast<const void*>(kernel), threads, bytes);    \
+        return blocks;                                                                       \
+    }())
+#define SIMT_PROCESSORS()                              \
+    ([] {                                              \
+        static const int count = simt::processors();   \
+        return count;                                  \
+    }())
 
 namespace simt {
-inline int resident_blocks(const void* kernel, int threads, size_t bytes) {
-    int device = 0, processors = 1, blocks = 1;
+inline int processors() {
+    int device = 0, count = 1;
     cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
+inline int resident_blocks(const void* kernel, int threads, size_t bytes) {
+    int blocks = 1;
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes);
-    return processors * (blocks > 0 ? blocks : 1);
+    return processors() * (blocks > 0 ? blocks : 1);
 }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -66,24 +81,28 @@ __device__ __forceinline__ uint32_t pack2<fp16>(float a, float b) {
     return word;
 }
 
-// Streams are read once: they need not push anything out of L1
+__device__ __forceinline__ float bits_as_float(uint32_t word) { return __uint_as_float(word); }
+__device__ __forceinline__ uint32_t float_as_bits(float x) { return __float_as_uint(x); }
+
+// Streams are read once: they need not push anything out of L1. Not volatile, so that loads may
+// move above the shuffles of an earlier row; what is read must not be written by the same kernel.
 __device__ __forceinline__ uint4 load16(const void* p) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(p));
     return v;
 }
 __device__ __forceinline__ uint2 load8(const void* p) {
     uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
                  : "=r"(v.x), "=r"(v.y)
                  : "l"(p));
     return v;
 }
 __device__ __forceinline__ uint32_t load4(const void* p) {
     uint32_t v;
-    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
     return v;
 }
 __device__ __forceinline__ void store16(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }

@@ -288,6 +288,7 @@ struct StaticArray {
     ((void)(stream), simt::host::launch(reinterpret_cast<const void*>(kernel), grid, block, \
                                         bytes, [&] { kernel(__VA_ARGS__); }))
 #define SIMT_RESIDENT_BLOCKS(kernel, threads, bytes) simt::host::resident_blocks
+#define SIMT_PROCESSORS() (simt::host::resident_blocks / 2 > 0 ? simt::host::resident_blocks / 2 : 1)
 
 extern "C" inline __attribute__((used)) void mmtrain_emulator_seed(uint64_t seed) {
     simt::host::random_state = seed * 0x9e3779b97f4a7c15ull | 1;
