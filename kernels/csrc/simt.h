@@ -26,6 +26,7 @@
 //   SIMT_RESIDENT_BLOCKS(kernel, threads, bytes)
 //                                             int, blocks that fill the device once
 //   SIMT_PROCESSORS()                         int, streaming multiprocessors of the device
+//   SIMT_ERROR_TEXT(error)                    const char*, of a launch that did not return 0
 //   simt::bf16, simt::fp16, float             element types; the first two hold `uint16_t bits`
 //   simt::to_float(x), simt::from_float<T>(f) round to nearest even
 //   simt::unpack2<T>(word) -> float2, simt::pack2<T>(a, b) -> uint32_t      T: bf16 or fp16

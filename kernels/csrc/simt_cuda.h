@@ -21,6 +21,7 @@
             simt::resident_blocks(reinterpret_cast<const void*>(kernel), threads, bytes);    \
         return blocks;                                                                       \
     }())
+#define SIMT_ERROR_TEXT(error) cudaGetErrorString(static_cast<cudaError_t>(error))
 #define SIMT_PROCESSORS()                              \
     ([] {                                              \
         static const int count = simt::processors();   \

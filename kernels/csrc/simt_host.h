@@ -288,6 +288,7 @@ struct StaticArray {
     ((void)(stream), simt::host::launch(reinterpret_cast<const void*>(kernel), grid, block, \
                                         bytes, [&] { kernel(__VA_ARGS__); }))
 #define SIMT_RESIDENT_BLOCKS(kernel, threads, bytes) simt::host::resident_blocks
+#define SIMT_ERROR_TEXT(code) ((void)(code), simt::host::error)
 #define SIMT_PROCESSORS() (simt::host::resident_blocks / 2 > 0 ? simt::host::resident_blocks / 2 : 1)
 
 extern "C" inline __attribute__((used)) void mmtrain_emulator_seed(uint64_t seed) {
