@@ -105,7 +105,7 @@ def emulated_extension() -> Path:
 
 def kernel_sources() -> list[Path]:
     """Every `.cu` of the library."""
-    return [SOURCES / "device.cu", SOURCES / "qk_norm_rope.cu"]
+    return sorted(SOURCES.glob("*.cu"))
 
 
 def library_hash() -> str:

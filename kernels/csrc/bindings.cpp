@@ -20,6 +20,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cosine_attention.h"
 #include "device.h"
 #include "qk_norm_rope.h"
 
@@ -69,6 +70,10 @@ void* address(const Maybe& x) { return x.has_value() ? x->data_ptr() : nullptr; 
 
 Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
     return torch::stable::new_empty(like, shape, type);
+}
+
+Tensor bytes_of(const Tensor& like, int64_t bytes) {
+    return empty(like, {bytes}, ScalarType::Byte);
 }
 
 // Stands for a result that an op does not have in this call
@@ -213,12 +218,107 @@ EightTensors qk_norm_rope_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tenso
             gradients.push_back(empty_as(*parameters[n][i], q));
             if (parameters[n][i]->has_value()) p.side[i].*fields[n] = gradients.back().data_ptr();
         }
-    const int64_t bytes = mmtrain_qk_norm_rope_workspace_bytes(&p);
-    Tensor workspace = empty(q, {bytes / 4}, ScalarType::Float);
+    Tensor workspace = bytes_of(q, mmtrain_qk_norm_rope_workspace_bytes(&p));
     check(mmtrain_qk_norm_rope_backward(&p, workspace.data_ptr(), device.stream()),
           "qk_norm_rope_backward");
     return {gradients[0], gradients[1], gradients[2], gradients[3],
             gradients[4], gradients[5], gradients[6], gradients[7]};
+}
+
+// --- K2, K3 -------------------------------------------------------------------------------------
+
+MmtrainStrides strides_of(const Tensor& x) {
+    STD_TORCH_CHECK(x.dim() == 4 && x.stride(3) == 1,
+                    "wanted: [batch, rows, heads, width], channels side by side");
+    return {x.stride(0), x.stride(1), x.stride(2)};
+}
+
+template <class T>
+const T* vector_of(const Maybe& x, ScalarType type) {
+    if (!x.has_value()) return nullptr;
+    STD_TORCH_CHECK(x->is_contiguous() && x->scalar_type() == type,
+                    "a scale, bias, interval or length is not contiguous or of the wrong type");
+    return static_cast<const T*>(x->data_ptr());
+}
+
+// What both passes are told in the same way
+MmtrainCosineAttention cosine_problem(const Tensor& q, const Tensor& k, const Tensor& v,
+                                      const Tensor& log_scale, const Maybe& bias, const Maybe& lo,
+                                      const Maybe& hi, const Maybe& key_lengths,
+                                      double log_scale_max, double eps) {
+    STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
+                    "queries, keys and values differ in type");
+    const int32_t element = element_of(q);
+    STD_TORCH_CHECK(element != MMTRAIN_FLOAT32, "wanted: bfloat16 or float16");
+    MmtrainCosineAttention p = {};
+    p.q_strides = strides_of(q), p.k_strides = strides_of(k), p.v_strides = strides_of(v);
+    p.batch = static_cast<int32_t>(q.size(0));
+    p.queries = static_cast<int32_t>(q.size(1));
+    p.heads = static_cast<int32_t>(q.size(2));
+    p.width = static_cast<int32_t>(q.size(3));
+    p.keys = static_cast<int32_t>(k.size(1));
+    for (const Tensor* x : {&k, &v})
+        STD_TORCH_CHECK(x->size(0) == p.batch && x->size(1) == p.keys && x->size(2) == p.heads &&
+                            x->size(3) == p.width,
+                        "queries, keys and values differ in batch, heads or width");
+    p.element = element == MMTRAIN_BFLOAT16 ? MMTRAIN_BF16 : MMTRAIN_FP16;
+    p.log_scale_max = static_cast<float>(log_scale_max);
+    p.eps = static_cast<float>(eps);
+    p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr();
+    STD_TORCH_CHECK(log_scale.numel() == p.heads, "wanted: one scale a head");
+    p.log_scale = vector_of<float>(log_scale, ScalarType::Float);
+    p.bias = vector_of<float>(bias, ScalarType::Float);
+    p.bias_batches = bias.has_value() ? static_cast<int32_t>(bias->size(0)) : 1;
+    p.lo = vector_of<int32_t>(lo, ScalarType::Int), p.hi = vector_of<int32_t>(hi, ScalarType::Int);
+    p.interval_batches = lo.has_value() ? static_cast<int32_t>(lo->size(0)) : 1;
+    p.key_lengths = vector_of<int32_t>(key_lengths, ScalarType::Int);
+    return p;
+}
+
+std::tuple<Tensor, Tensor> cosine_attention(Tensor q, Tensor k, Tensor v, Tensor log_scale,
+                                            Maybe bias, Maybe lo, Maybe hi, Maybe key_lengths,
+                                            double log_scale_max, double eps) {
+    const OnDevice device(q);
+    MmtrainCosineAttention p =
+        cosine_problem(q, k, v, log_scale, bias, lo, hi, key_lengths, log_scale_max, eps);
+    Tensor out = empty(q, {p.batch, p.queries, p.heads, p.width}, q.scalar_type());
+    Tensor lse = empty(q, {p.batch, p.heads, p.queries}, ScalarType::Float);
+    p.out = out.data_ptr();
+    p.lse = static_cast<float*>(lse.data_ptr());
+    check(mmtrain_cosine_attention_plan(&p, mmtrain_processors()), "cosine_attention");
+    Tensor workspace = bytes_of(q, mmtrain_cosine_attention_workspace_bytes(&p));
+    p.workspace = workspace.data_ptr();
+    check(mmtrain_cosine_attention(&p, device.stream()), "cosine_attention");
+    return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cosine_attention_backward(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor log_scale, Maybe bias,
+    Maybe lo, Maybe hi, Maybe first, Maybe last, Maybe key_lengths, double log_scale_max,
+    double eps, bool bias_gradient) {
+    const OnDevice device(q);
+    MmtrainCosineAttention p =
+        cosine_problem(q, k, v, log_scale, bias, lo, hi, key_lengths, log_scale_max, eps);
+    p.first = vector_of<int32_t>(first, ScalarType::Int);
+    p.last = vector_of<int32_t>(last, ScalarType::Int);
+    STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous(), "out and lse are not contiguous");
+    p.out = out.data_ptr();
+    p.lse = static_cast<float*>(lse.data_ptr());
+    p.dout = dout.data_ptr();
+    p.dout_strides = strides_of(dout);
+    Tensor dq = empty(q, {p.batch, p.queries, p.heads, p.width}, q.scalar_type());
+    Tensor dk = empty(q, {p.batch, p.keys, p.heads, p.width}, q.scalar_type());
+    Tensor dv = empty(q, {p.batch, p.keys, p.heads, p.width}, q.scalar_type());
+    Tensor dlog_scale = empty(q, {p.heads}, ScalarType::Float);
+    Tensor dbias = bias_gradient ? empty_as(bias, q) : nothing(q);
+    p.dq = dq.data_ptr(), p.dk = dk.data_ptr(), p.dv = dv.data_ptr();
+    p.dlog_scale = static_cast<float*>(dlog_scale.data_ptr());
+    p.dbias = bias_gradient ? static_cast<float*>(dbias.data_ptr()) : nullptr;
+    check(mmtrain_cosine_attention_plan(&p, mmtrain_processors()), "cosine_attention_backward");
+    Tensor workspace = bytes_of(q, mmtrain_cosine_attention_backward_workspace_bytes(&p));
+    p.workspace = workspace.data_ptr();
+    check(mmtrain_cosine_attention_backward(&p, device.stream()), "cosine_attention_backward");
+    return {dq, dk, dv, dlog_scale, dbias};
 }
 }  // namespace
 
@@ -229,4 +329,6 @@ STABLE_TORCH_LIBRARY_IMPL(mmtrain, CUDA, library) {
 #endif
     library.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope));
     library.impl("qk_norm_rope_backward", TORCH_BOX(&qk_norm_rope_backward));
+    library.impl("cosine_attention", TORCH_BOX(&cosine_attention));
+    library.impl("cosine_attention_backward", TORCH_BOX(&cosine_attention_backward));
 }
