@@ -276,7 +276,8 @@ MmtrainCosineAttention cosine_problem(const Tensor& q, const Tensor& k, const Te
 }
 
 std::tuple<Tensor, Tensor> cosine_attention(Tensor q, Tensor k, Tensor v, Tensor log_scale,
-                                            Maybe bias, Maybe lo, Maybe hi, Maybe key_lengths,
+                                            Maybe bias, Maybe lo, Maybe hi, Maybe /* first */,
+                                            Maybe /* last */, Maybe key_lengths,
                                             double log_scale_max, double eps) {
     const OnDevice device(q);
     MmtrainCosineAttention p =
@@ -293,9 +294,9 @@ std::tuple<Tensor, Tensor> cosine_attention(Tensor q, Tensor k, Tensor v, Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cosine_attention_backward(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor log_scale, Maybe bias,
-    Maybe lo, Maybe hi, Maybe first, Maybe last, Maybe key_lengths, double log_scale_max,
-    double eps, bool bias_gradient) {
+    Tensor dout, Maybe dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor log_scale,
+    Maybe bias, Maybe lo, Maybe hi, Maybe first, Maybe last, Maybe key_lengths,
+    double log_scale_max, double eps, bool bias_gradient) {
     const OnDevice device(q);
     MmtrainCosineAttention p =
         cosine_problem(q, k, v, log_scale, bias, lo, hi, key_lengths, log_scale_max, eps);
@@ -306,6 +307,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cosine_attention_backward(
     p.lse = static_cast<float*>(lse.data_ptr());
     p.dout = dout.data_ptr();
     p.dout_strides = strides_of(dout);
+    p.dlse = vector_of<float>(dlse, ScalarType::Float);
     Tensor dq = empty(q, {p.batch, p.queries, p.heads, p.width}, q.scalar_type());
     Tensor dk = empty(q, {p.batch, p.keys, p.heads, p.width}, q.scalar_type());
     Tensor dv = empty(q, {p.batch, p.keys, p.heads, p.width}, q.scalar_type());

@@ -57,6 +57,7 @@ typedef struct {
     /* backward pass */
     const void* dout; /* [batch, queries, heads, width] */
     MmtrainStrides dout_strides;
+    const float* dlse; /* [batch, heads, queries] or null */
     void *dq, *dk, *dv;  /* contiguous, [batch, queries | keys, heads, width] */
     float* dlog_scale;   /* [heads] */
     float* dbias;        /* as bias, or null if not wanted */

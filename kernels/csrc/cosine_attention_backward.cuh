@@ -6,6 +6,8 @@
 //     dq^_i = s sum_j dz_ij k^_j            t_i = q^_i.dq^_i
 //     dq_i = (dq^_i - q^_i t_i) / |q_i|     the same for k          dlog_scale = sum_i t_i
 //
+// A gradient of lse itself adds P_ij dlse_i to dz_ij: it is taken from delta_i.
+//
 // The gradient of the scale falls out of the projection of dq. Nothing needs a maximum: lse is exact.
 //
 // Products are taken transposed (keys by rows): a warp owns 16 keys of a tile, so its accumulators
@@ -110,6 +112,7 @@ __device__ __forceinline__ void describe_rows(const Problem& p, const BackwardPa
     } else {
         delta = product_with_out<T, depth, team>(p, memory.dout + local * pitch<depth>, unit, row,
                                                  member);
+        if (p.dlse && row < p.queries) delta -= p.dlse[at];
         if (pass == Pass::queries && member == 0 && row < p.queries) partials.delta[at] = delta;
     }
     if (member) return;

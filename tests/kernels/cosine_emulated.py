@@ -39,6 +39,7 @@ class Problem(ctypes.Structure):
         ("interval_batches", NUMBERS),
         *((x, POINTERS) for x in ("key_lengths", "out", "lse", "dout")),
         ("dout_strides", Strides),
+        ("dlse", POINTERS),
         *((x, POINTERS) for x in ("dq", "dk", "dv", "dlog_scale", "dbias")),
         ("splits", NUMBERS),
         ("bias_groups", NUMBERS),
@@ -55,6 +56,7 @@ class Inputs:
         k: `[B, S, H, K]`, as `v`.
         v: values.
         dout: gradient of the output, as `q`.
+        dlse: gradient of the logsumexp `[B, H, T]`.
         log_scale: `[H]`.
         bias: `[P, H, T, S]`, batch b reads number `b % P`.
         intervals: `lo` and `hi`, `[1 or B, T]`.
@@ -69,6 +71,7 @@ class Inputs:
     v: Tensor
     dout: Tensor
     log_scale: Tensor
+    dlse: Tensor | None = None
     bias: Tensor | None = None
     intervals: tuple[Tensor, Tensor] | None = None
     columns: tuple[Tensor, Tensor] | None = None
@@ -109,7 +112,7 @@ def problem_of(inputs: Inputs) -> Problem:
     for name in ("q", "k", "v", "dout"):
         setattr(problem, name, pointer(getattr(inputs, name)))
         setattr(problem, f"{name}_strides", strides_of(getattr(inputs, name)))
-    for name in ("log_scale", "bias", "key_lengths"):
+    for name in ("log_scale", "bias", "key_lengths", "dlse"):
         setattr(problem, name, pointer(getattr(inputs, name)))
     if inputs.bias is not None:
         problem.bias_batches = inputs.bias.shape[0]

@@ -18,6 +18,7 @@ class Problem(Protocol):
     v: Tensor
     dout: Tensor
     log_scale: Tensor
+    dlse: Tensor | None
     bias: Tensor | None
     intervals: tuple[Tensor, Tensor] | None
     key_lengths: Tensor | None
@@ -43,7 +44,8 @@ def run(inputs: Problem) -> dict[str, Tensor]:
     names = ["q", "k", "v", "log_scale", *(["bias"] if inputs.bias is not None else [])]
     leaves = [getattr(inputs, name).double().requires_grad_() for name in names]
     q, k, v = (x.transpose(1, 2) for x in leaves[:3])
-    scale = leaves[3].clamp(max=inputs.log_scale_max).exp()[:, None, None]
+    most = float(torch.tensor(inputs.log_scale_max))  # as float32, the kernels' type
+    scale = leaves[3].clamp(max=most).exp()[:, None, None]
     z = normalize(q, dim=-1, eps=inputs.eps) @ normalize(k, dim=-1, eps=inputs.eps).mT * scale
     if inputs.bias is not None:
         z = z + leaves[4].repeat(q.shape[0] // leaves[4].shape[0], 1, 1, 1)
@@ -53,8 +55,12 @@ def run(inputs: Problem) -> dict[str, Tensor]:
     # a row of -inf has no softmax; zeros there, which the mask takes out again
     p = z.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     out = (p @ v.masked_fill(~mask.any(2)[..., None], 0.0)).transpose(1, 2)
-    gradients = torch.autograd.grad(out, leaves, inputs.dout.double())
-    results = {"out": out.detach(), "lse": z.logsumexp(-1).detach()}
-    return results | {
-        f"d{name}": gradient for name, gradient in zip(names, gradients, strict=True)
-    }
+    # of a row without keys: -inf, without the NaN of its derivative
+    lse = z.masked_fill(blind, 0.0).logsumexp(-1).masked_fill(blind[..., 0], -torch.inf)
+    outputs, upstream = [out], [inputs.dout.double()]
+    if inputs.dlse is not None:
+        outputs.append(lse)
+        upstream.append(inputs.dlse.double())
+    gradients = torch.autograd.grad(outputs, leaves, upstream)
+    results = {"out": out.detach(), "lse": lse.detach()}
+    return results | {f"d{name}": gradient for name, gradient in zip(names, gradients, strict=True)}
