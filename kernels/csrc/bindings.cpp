@@ -308,6 +308,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cosine_attention_backward(
     p.dout = dout.data_ptr();
     p.dout_strides = strides_of(dout);
     p.dlse = vector_of<float>(dlse, ScalarType::Float);
+    p.dlse = vector_of<float>(dlse, ScalarType::Float);
     Tensor dq = empty(q, {p.batch, p.queries, p.heads, p.width}, q.scalar_type());
     Tensor dk = empty(q, {p.batch, p.keys, p.heads, p.width}, q.scalar_type());
     Tensor dv = empty(q, {p.batch, p.keys, p.heads, p.width}, q.scalar_type());
