@@ -3,7 +3,9 @@
 The same source that nvcc compiles; see kernels/README.md for what the emulator checks besides.
 """
 
+import ctypes
 import math
+from dataclasses import replace
 from itertools import product
 
 import emulated
@@ -90,29 +92,114 @@ def worst(found: tuple[Outputs, Outputs], wanted: tuple[Outputs, Outputs]) -> di
     return errors
 
 
-def check(inputs: Inputs) -> dict[str, float]:
-    """Run both and compare to the limits of the element type."""
-    errors = worst(emulated.run(inputs, emulated.library()), exact.run(inputs))
-    kind = inputs.x[0].dtype
-    for name, error in errors.items():
-        assert error <= (PARAMETER_LIMIT if name.startswith("d_") else LIMITS[kind]), (name, error)
-    return errors
+def check(inputs: Inputs, built: ctypes.CDLL | None = None) -> None:
+    """Run both and compare to the limits of the types."""
+    found = emulated.run(inputs, built or emulated.library())
+    for name, error in worst(found, exact.run(inputs)).items():
+        limit = LIMITS[inputs.x[0].dtype]
+        if name.startswith("d_"):
+            parameters = (x for x in (*inputs.weight, *inputs.scale) if x is not None)
+            kind = next(parameters).dtype
+            limit = PARAMETER_LIMIT if kind == torch.float32 else LIMITS[kind]
+        assert error <= limit, f"{name}: {error:.1e} above {limit:.0e}"
 
 
-if __name__ == "__main__":
-    import time
-    t0 = time.time()
-    w = {}
-    for width, norm, pairing in product(SPECIAL + GENERAL, emulated.NORMS, emulated.PAIRINGS):
-        try:
-            for k, v in check(drawn(width, norm, pairing)).items():
-                w[k] = max(w.get(k, 0), v)
-        except AssertionError as e:
-            print(width, norm, pairing, str(e)[:200])
-    print(w, time.time() - t0)
-    for kind in (torch.float16, torch.float32):
-        w = {}
-        for width, norm, pairing in product((72, 128), emulated.NORMS, emulated.PAIRINGS):
-            for k, v in check(drawn(width, norm, pairing, kind=kind)).items():
-                w[k] = max(w.get(k, 0), v)
-        print(kind, w, time.time() - t0)
+@pytest.mark.parametrize("width", SPECIAL + GENERAL)
+def test_every_norm_and_pairing_agrees_with_float64(width: int) -> None:
+    for norm, pairing in product(emulated.NORMS, emulated.PAIRINGS):
+        check(drawn(width, norm, pairing))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32])
+@pytest.mark.parametrize("width", [72, 128])
+def test_other_element_types_agree_too(width: int, kind: torch.dtype) -> None:
+    for norm, pairing in product(emulated.NORMS, emulated.PAIRINGS):
+        check(drawn(width, norm, pairing, kind=kind))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 63, 64, 65, 127, 129, 257, 1000])
+def test_any_number_of_tokens(tokens: int) -> None:
+    check(drawn(80, "layer", "neighbours", tokens=tokens, heads=(3, 1)))
+    check(drawn(64, "l2", "halves", tokens=tokens, heads=(2, 2)))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 5), (16, 16), (40, 8), (40, 1)])
+@pytest.mark.parametrize("norm", ["rms", "l2"])
+def test_any_number_of_heads_and_groups_of_queries(heads: tuple[int, int], norm: str) -> None:
+    check(drawn(88, norm, "halves", tokens=11, heads=heads))
+    check(drawn(128, norm, "neighbours", tokens=2, heads=heads))
+
+
+@pytest.mark.parametrize("positions", [None, torch.int32, torch.int64])
+def test_positions_come_in_either_width_or_from_the_token(positions: torch.dtype | None) -> None:
+    """Without positions token t reads row t modulo the table's rows: batches share one table."""
+    check(drawn(72, "rms", "halves", tokens=60, positions=positions))
+
+
+@pytest.mark.parametrize("parameter", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["rms", "layer", "l2"])
+def test_weights_and_their_gradients_keep_their_own_type(norm: str, parameter: torch.dtype) -> None:
+    check(drawn(96, norm, "halves", parameter=parameter))
+
+
+def test_a_norm_without_weights_needs_none() -> None:
+    for norm in ("rms", "layer", "l2"):
+        bare = replace(
+            drawn(64, norm, "halves"), weight=(None, None), bias=(None, None), scale=(None, None)
+        )
+        check(bare)
+
+
+def test_one_side_alone_may_have_a_scale() -> None:
+    inputs = drawn(128, "l2", "halves", heads=(4, 4))
+    check(replace(inputs, scale=(inputs.scale[0], None)))
+
+
+@pytest.mark.parametrize("norm", emulated.NORMS)
+def test_zero_rows_stay_finite_and_get_the_gradient_of_the_formula(norm: str) -> None:
+    inputs = drawn(64, norm, "halves", eps=1e-3)
+    for x in inputs.x:
+        x[3:9] = 0.0
+        x[11, 1] *= 1e-5  # shorter than eps, not zero
+    check(inputs)
+
+
+def test_rows_of_the_table_that_turn_nothing_are_the_norm_alone() -> None:
+    """Row 0 of the table is that of a class token."""
+    inputs = drawn(88, "layer", "neighbours")
+    still = replace(inputs, positions=torch.zeros(19, dtype=torch.int32))
+    plain = replace(inputs, pairing="none", cosine=None, sine=None, positions=None)
+    (turned, _), (normed, _) = (emulated.run(x, emulated.library()) for x in (still, plain))
+    assert torch.equal(turned.values["y"], normed.values["y"])
+    assert torch.equal(turned.values["dx"], normed.values["dx"])
+
+
+def test_results_repeat_to_the_last_bit_in_any_order_of_threads() -> None:
+    for norm in ("rms", "layer", "l2"):
+        inputs = drawn(64, norm, "halves", tokens=300)
+        first, *others = (emulated.run(inputs, emulated.library(), seed) for seed in (1, 2, 3))
+        for other in others:
+            for a, b in zip(first, other, strict=True):
+                assert all(torch.equal(a.values[name], b.values[name]) for name in a.values)
+
+
+@pytest.mark.parametrize("resident", [2, 12])
+def test_the_number_of_blocks_changes_no_row_and_sums_in_rounding_only(resident: int) -> None:
+    built = emulated.library()
+    try:
+        built.mmtrain_emulator_resident_blocks(resident)
+        for norm in ("layer", "l2"):
+            check(drawn(64, norm, "halves", tokens=150, heads=(9, 2)))
+    finally:
+        built.mmtrain_emulator_resident_blocks(2)
+
+
+@pytest.mark.parametrize("width", [24, 60, 264])
+def test_other_widths_are_refused(width: int) -> None:
+    with pytest.raises(AssertionError, match="-1"):
+        emulated.run(drawn(width, "rms", "halves"), emulated.library())
+
+
+def test_no_tokens_are_no_work() -> None:
+    found = emulated.run(drawn(64, "none", "halves", tokens=0), emulated.library())
+    assert found[0].values["y"].shape == (0, 5, 64)
