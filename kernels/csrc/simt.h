@@ -5,7 +5,8 @@
 // checks what a GPU would hide or punish much later:
 //
 //   - shared memory, dynamic and static, is filled with NaN (0xFF) before every block;
-//   - fibers run in a random order that changes at every pass, so a missing barrier shows;
+//   - fibers run in a random order that changes at every pass, and warps rest at random, so that a
+//     missing barrier shows;
 //   - a shuffle from a lane outside the mask, lanes that come with different masks, a barrier that
 //     some threads never reach (a deadlock on a GPU) are reported, and the launch returns an error;
 //   - vector accesses must be aligned to their size; nothing may be written past the shared memory

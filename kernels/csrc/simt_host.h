@@ -189,35 +189,46 @@ inline void start_block(int threads, size_t bytes) {
     }
 }
 
-// Resumes what can run, in an order drawn anew at every pass, until all have ended.
+// Which warps rest, one bit each. They rest for a few passes, so that warps get ahead of each other
+// by several barriers' worth of work: that is what a missing __syncthreads shows at.
+inline unsigned resting_warps(unsigned before) {
+    return random_number() % 4 ? before : static_cast<unsigned>(random_number());
+}
+
+// One pass over all fibers that can run, in an order drawn anew; false if there was none.
+inline bool run_pass(int threads, unsigned resting, int& left) {
+    bool progress = false;
+    int number = static_cast<int>(random_number() % threads);
+    const int step = random_number() & 1 ? 1 : threads - 1;
+    for (int k = 0; k < threads && !failed; k++, number = (number + step) % threads) {
+        Fiber& fiber = *fibers[number];
+        if (fiber.done || resting >> (number / warp_size) & 1) continue;
+        if (fiber.waits_for && fiber.waits_for->generation == fiber.generation) continue;
+        resume(fiber);
+        progress = true;
+        left -= fiber.done;
+    }
+    return progress;
+}
+
 inline void run_block(int threads, size_t bytes) {
     start_block(threads, bytes);
+    unsigned resting = 0;
     for (int left = threads; left > 0 && !failed;) {
-        bool progress = false;
-        int number = static_cast<int>(random_number() % threads);
-        const int step = random_number() & 1 ? 1 : threads - 1;
-        for (int k = 0; k < threads && !failed; k++, number = (number + step) % threads) {
-            Fiber& fiber = *fibers[number];
-            if (fiber.done) continue;
-            if (fiber.waits_for && fiber.waits_for->generation == fiber.generation) continue;
-            resume(fiber);
-            progress = true;
-            left -= fiber.done;
-        }
-        if (!progress && !failed) {
-            failed = true;
-            snprintf(error, sizeof error,
-                     "deadlock in block (%u, %u, %u): %d of %d threads wait at a barrier or shuffle "
-                     "that the others never reach",
-                     block_index.x, block_index.y, block_index.z, left, threads);
-        }
-    }
-    if (failed) return;
-    if (!intact(aligned_dynamic_shared() + bytes)) {
+        resting = resting_warps(resting);
+        if (run_pass(threads, resting, left)) continue;
+        resting = 0;  // all that can run may rest
+        if (run_pass(threads, resting, left) || failed) continue;
         failed = true;
-        snprintf(error, sizeof error, "block (%u, %u, %u) wrote past its %zu bytes of shared memory",
-                 block_index.x, block_index.y, block_index.z, bytes);
+        snprintf(error, sizeof error,
+                 "deadlock in block (%u, %u, %u): %d of %d threads wait at a barrier or shuffle "
+                 "that the others never reach",
+                 block_index.x, block_index.y, block_index.z, left, threads);
     }
+    if (failed || intact(aligned_dynamic_shared() + bytes)) return;
+    failed = true;
+    snprintf(error, sizeof error, "block (%u, %u, %u) wrote past its %zu bytes of shared memory",
+             block_index.x, block_index.y, block_index.z, bytes);
 }
 
 inline int refuse(const char* reason) {
