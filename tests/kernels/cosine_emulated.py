@@ -85,10 +85,12 @@ class Inputs:
 def library(
     depths: Sequence[int] = (32, 48, 64, 80, 96, 112, 128),
     source: Path = SOURCES / "cosine_attention.cu",
+    flags: Sequence[str] = (),
 ) -> ctypes.CDLL:
     """The kernels of `source` for some padded widths; mutants must not share symbols with it."""
     cases = " ".join(f"CASE({depth})" for depth in depths)
-    built = emulator([source], ("-fno-gnu-unique", f"-DMMTRAIN_COSINE_DEPTHS(CASE)={cases}"))
+    depth_flag = f"-DMMTRAIN_COSINE_DEPTHS(CASE)={cases}"
+    built = emulator([source], ("-fno-gnu-unique", depth_flag, *flags))
     built.mmtrain_emulator_error.restype = ctypes.c_char_p
     built.mmtrain_cosine_attention_workspace_bytes.restype = ctypes.c_int64
     built.mmtrain_cosine_attention_backward_workspace_bytes.restype = ctypes.c_int64

@@ -39,13 +39,19 @@ def seen(inputs: Problem) -> Tensor:
     return mask
 
 
-def run(inputs: Problem) -> dict[str, Tensor]:
-    """Results and gradients from the inputs as they are rounded; rows without keys are zero."""
+def run(inputs: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Results and gradients from the inputs as they are rounded, and the `noise` of gradients.
+
+    Rows without keys are zero.
+    """
     names = ["q", "k", "v", "log_scale", *(["bias"] if inputs.bias is not None else [])]
-    leaves = [getattr(inputs, name).double().requires_grad_() for name in names]
+    # what lies in padding, NaN in these tests, must not reach the sums
+    leaves = [getattr(inputs, name).double().nan_to_num(neginf=-torch.inf) for name in names]
+    leaves = [x.requires_grad_() for x in leaves]
     q, k, v = (x.transpose(1, 2) for x in leaves[:3])
     most = float(torch.tensor(inputs.log_scale_max))  # as float32, the kernels' type
-    scale = leaves[3].clamp(max=most).exp()[:, None, None]
+    # not clamp, whose gradient at its limit differs between versions of torch
+    scale = torch.where(leaves[3] <= most, leaves[3], most).exp()[:, None, None]
     z = normalize(q, dim=-1, eps=inputs.eps) @ normalize(k, dim=-1, eps=inputs.eps).mT * scale
     if inputs.bias is not None:
         z = z + leaves[4].repeat(q.shape[0] // leaves[4].shape[0], 1, 1, 1)
@@ -54,7 +60,7 @@ def run(inputs: Problem) -> dict[str, Tensor]:
     blind = ~(z > -torch.inf).any(-1, keepdim=True)
     # a row of -inf has no softmax; zeros there, which the mask takes out again
     p = z.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
-    out = (p @ v.masked_fill(~mask.any(2)[..., None], 0.0)).transpose(1, 2)
+    out = (p @ v).transpose(1, 2)
     # of a row without keys: -inf, without the NaN of its derivative
     lse = z.masked_fill(blind, 0.0).logsumexp(-1).masked_fill(blind[..., 0], -torch.inf)
     outputs, upstream = [out], [inputs.dout.double()]
@@ -63,4 +69,39 @@ def run(inputs: Problem) -> dict[str, Tensor]:
         upstream.append(inputs.dlse.double())
     gradients = torch.autograd.grad(outputs, leaves, upstream)
     results = {"out": out.detach(), "lse": lse.detach()}
-    return results | {f"d{name}": gradient for name, gradient in zip(names, gradients, strict=True)}
+    results |= {f"d{name}": x for name, x in zip(names, gradients, strict=True)}
+    return results, noise(inputs, p.detach(), z.detach())
+
+
+def noise(inputs: Problem, p: Tensor, z: Tensor) -> dict[str, Tensor]:
+    """Expected error of gradients for each unit of rounding, beside that of a result's own size.
+
+    dz_ij = P_ij (dP_ij - delta_i) may be much smaller than its two parts, and delta comes from the
+    output, which is rounded and made of rounded P: nearly one-hot rows have little gradient and all
+    of this error. The gradient of the scale sums terms of both signs: its error is that of the
+    terms. Norms of tensors; `[H]` for the scale.
+    """
+    eps = inputs.eps
+    q, k, v, dout = (
+        x.double().transpose(1, 2).nan_to_num() for x in (inputs.q, inputs.k, inputs.v, inputs.dout)
+    )
+    scale = inputs.log_scale.double().clamp(max=inputs.log_scale_max).exp()[:, None, None]
+    unit_q, unit_k = normalize(q, dim=-1, eps=eps), normalize(k, dim=-1, eps=eps)
+    dp = dout @ v.mT
+    of_out = (dout * (p @ v)).square().sum(-1, keepdim=True)
+    of_delta = (of_out + (p * dp).square().sum(-1, keepdim=True)).sqrt()
+    dz = p * (dp - (p * dp).sum(-1, keepdim=True))
+    cosines = scale * (unit_q @ unit_k.mT)
+    of_scale = (dz * cosines).square().sum((0, 2, 3))
+    of_scale = of_scale + (of_delta * (p * cosines).sum(-1, keepdim=True)).square().sum((0, 2, 3))
+    to_q = scale * of_delta * (p @ unit_k) / q.norm(dim=-1, keepdim=True).clamp(min=eps)
+    to_k = scale * (of_delta * p).square().sum(-2).sqrt()[..., None]
+    of_bias = (of_delta * p).square()
+    if inputs.bias is not None:
+        of_bias = of_bias.view(-1, *inputs.bias.shape)
+    return {
+        "dq": to_q.norm(),
+        "dk": (to_k / k.norm(dim=-1, keepdim=True).clamp(min=eps)).norm(),
+        "dbias": of_bias.sum().sqrt(),
+        "dlog_scale": of_scale.sqrt(),
+    }
