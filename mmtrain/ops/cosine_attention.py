@@ -20,7 +20,9 @@ B batches   T query rows   S keys   H heads   K head width   P biases
 """
 
 import math
+from collections.abc import Callable
 from enum import Enum
+from functools import wraps
 from typing import Any
 
 import torch
@@ -30,9 +32,11 @@ from mmtrain.ops.attention import IntervalPlan, interval_attention, repeat_heads
 from mmtrain.ops.extension import LIBRARY, NAMESPACE, define
 from mmtrain.ops.intervals import KeyIntervals
 from mmtrain.ops.qk_norm_rope import Norm, qk_norm_rope
+from mmtrain.ops.select import QkBackend, qk_backend
 
 LOG_SCALE_MAX = math.log(100.0)  # Swin v2, section 3.3
 EPS = 1e-6  # 1e-12, the default of torch, blows up gradients of zero rows
+KERNEL_TYPES = (torch.bfloat16, torch.float16)
 WIDEST = 128  # head width of the kernels; a multiple of 8
 RESIDENT_ROWS = 64  # query rows that stay in one block while all keys stream by
 FUSED_ROWS = 1024  # at most so many rows and keys are fused; above, the pass over q and k is cheap
@@ -58,16 +62,16 @@ class CosinePath(Enum):
     COMPOSED = "composed"  # `composed_cosine_attention`
 
 
-def cosine_path(q_shape: tuple[int, ...], keys: int, dtype: torch.dtype, device: str) -> CosinePath:
+def cosine_path(q_THK: Tensor, keys: int) -> CosinePath:
     """The faster way for queries `[..., T, H, K]` over `keys` keys.
 
-    Fused on a GPU in 16 bits, for few queries over any number of keys (a perceiver) and for up to
-    `FUSED_ROWS` of both (windows, pictures). Composed for long rows, for float32 and on a CPU,
-    where the fused op holds all logits.
+    Fused where the kernels run, in 16 bits, for few queries over any number of keys (a perceiver)
+    and for up to `FUSED_ROWS` of both (windows, pictures). Composed for long rows, for float32 and
+    on a CPU, where the fused op holds all logits.
     """
-    rows, width = q_shape[-3], q_shape[-1]
-    served = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    if not served or width > WIDEST or width % 8:
+    rows, width = q_THK.shape[-3], q_THK.shape[-1]
+    served = qk_backend(q_THK.device) is QkBackend.KERNEL
+    if not served or q_THK.dtype not in KERNEL_TYPES or width > WIDEST or width % 8:
         return CosinePath.COMPOSED
     few = rows <= RESIDENT_ROWS or max(rows, keys) <= FUSED_ROWS
     return CosinePath.FUSED if few else CosinePath.COMPOSED
@@ -302,8 +306,19 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     return dq, dk, dv, dlog_scale, dbias if wants_bias else None, *(None,) * 7
 
 
-LIBRARY.impl("cosine_attention", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("cosine_attention_backward", _backward, "CompositeExplicitAutograd")
+def _in_own_type(formulas: Callable[..., Any]) -> Callable[..., Any]:
+    """The formulas with autocast off: it would round products of float32 again."""
+
+    @wraps(formulas)
+    def run(first: Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return formulas(first, *rest)
+
+    return run
+
+
+LIBRARY.impl("cosine_attention", _in_own_type(_forward), "CompositeExplicitAutograd")
+LIBRARY.impl("cosine_attention_backward", _in_own_type(_backward), "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::cosine_attention", _fake_forward)
 torch.library.register_fake(f"{NAMESPACE}::cosine_attention_backward", _fake_backward)
 torch.library.register_autograd(
