@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+# of ||ours - exact|| / ||exact|| in bf16: twice the rounding of the output, and room for what
+# gradients round besides (P, dz). fp16 has three bits more.
+LIMITS = {"out": 6e-3, "dv": 6e-3, "dq": 1e-2, "dk": 1e-2, "dbias": 1e-2, "dlog_scale": 2e-2}
+LSE = 1e-3
+ROUNDING = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+NOISE = 4.0  # times what `noise` expects
+
 
 class Problem(Protocol):
     """The attributes of `cosine_emulated.Inputs`."""
@@ -105,3 +112,28 @@ def noise(inputs: Problem, p: Tensor, z: Tensor) -> dict[str, Tensor]:
         "dbias": of_bias.sum().sqrt(),
         "dlog_scale": of_scale.sqrt(),
     }
+
+
+def misses(inputs: Problem, found: dict[str, Tensor]) -> list[str]:
+    """Results that are further from float64 than rounding explains."""
+    exact, expected = run(inputs)
+    rounding = ROUNDING[inputs.q.dtype]
+    finer = rounding / ROUNDING[torch.bfloat16]
+    seen = exact["lse"].isfinite()
+    if not torch.equal(found["lse"].isfinite(), seen):
+        return ["other rows see nothing"]
+    missed = []
+    if seen.any() and float((found["lse"] - exact["lse"])[seen].abs().max()) > LSE:
+        missed.append("lse")
+    for name, limit in LIMITS.items():
+        if name not in exact:
+            continue
+        error, size = found[name].double() - exact[name], exact[name]
+        if name != "dlog_scale":  # which is compared head by head
+            error, size = error.norm(), size.norm()
+        allowed = finer * limit * size.abs() + NOISE * rounding * expected.get(
+            name, torch.zeros(())
+        )
+        if bool((error.abs() > allowed + 1e-6).any()):
+            missed.append(f"{name} is off by {error}, allowed {allowed}")
+    return missed
