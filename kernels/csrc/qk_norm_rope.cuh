@@ -180,15 +180,22 @@ __device__ __forceinline__ void store_parameter(void* p, int type, int64_t i, fl
     if (type == MMTRAIN_FLOAT16) static_cast<simt::fp16*>(p)[i] = simt::from_float<simt::fp16>(x);
 }
 
+template <class T, int V>
+__device__ __forceinline__ void load_vector_of(Halves<V>& x, const void* p, const Lane& lane) {
+    const T* low = static_cast<const T*>(p) + V * lane.sub;
+    const T* high = low + V * lane.lanes;
+#pragma unroll
+    for (int i = 0; i < V; i++) x.low[i] = simt::to_float(low[i]), x.high[i] = simt::to_float(high[i]);
+}
+
+// The type is asked once, not at every element: so all loads are on their way at once
 template <int V>
 __device__ __forceinline__ void load_vector(Halves<V>& x, const void* p, int type,
                                             const Lane& lane) {
     if (!p || !lane.active) return;
-#pragma unroll
-    for (int i = 0; i < V; i++) {
-        x.low[i] = load_parameter(p, type, V * lane.sub + i);
-        x.high[i] = load_parameter(p, type, V * (lane.lanes + lane.sub) + i);
-    }
+    if (type == MMTRAIN_FLOAT32) load_vector_of<float>(x, p, lane);
+    if (type == MMTRAIN_BFLOAT16) load_vector_of<simt::bf16>(x, p, lane);
+    if (type == MMTRAIN_FLOAT16) load_vector_of<simt::fp16>(x, p, lane);
 }
 
 // Cosines and sines of a lane's pairs. Halves: pair i is (low[i], high[i]). Neighbours: the first
