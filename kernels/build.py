@@ -21,6 +21,7 @@ import ctypes
 import hashlib
 import importlib.util
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -151,21 +152,33 @@ def build_library(architectures: Sequence[str] = (), jobs: int = 1) -> Path:
     with _renamed(path) as made, tempfile.TemporaryDirectory() as folder:
         sources = kernel_sources()
         with ThreadPoolExecutor(jobs) as pool:
-            objects = list(pool.map(lambda s: compile_kernels(s, chosen, folder, nvcc), sources))
+            objects = list(pool.map(lambda s: compile_kernels(s, chosen, nvcc), sources))
         bindings = _compile_bindings(folder, compiler)
         _run([nvcc, "-shared", bindings, *map(str, objects), *_torch_link(), "-o", made])
     return path
 
 
-def compile_kernels(
-    source: Path, architectures: Iterable[str], folder: str | Path, nvcc: str
-) -> Path:
-    """Object file of one `.cu` in `folder`; ptxas' report of its kernels lies beside it."""
-    made = Path(folder) / f"{source.stem}.o"
+def compile_kernels(source: Path, architectures: Sequence[str], nvcc: str) -> Path:
+    """Object file of one `.cu`, from the cache if it is there; beside it, `.txt`, ptxas' report.
+
+    The report's first line is the compiler's processor seconds.
+    """
     targets = [f"-gencode={ARCHITECTURES[name]}" for name in architectures]
-    report = _run([nvcc, *NVCC_FLAGS, *targets, "-Xptxas=-v", "-c", str(source), "-o", str(made)])
-    made.with_suffix(".txt").write_text(report)
-    return made
+    command = [nvcc, *NVCC_FLAGS, *targets, "-Xptxas=-v", "-c"]
+    path = cache_folder() / f"{source.stem}-{content_hash([source], command)}.o"
+    if path.exists():
+        return path
+    before = _children_seconds()
+    with _renamed(path) as made:
+        report = _run([*command, str(source), "-o", made])
+        with _renamed(path.with_suffix(".txt")) as beside:
+            Path(beside).write_text(f"{_children_seconds() - before:.1f} s\n{report}")
+    return path
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def content_hash(sources: Iterable[Path], flags: Iterable[str]) -> str:

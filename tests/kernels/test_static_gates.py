@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -31,19 +30,17 @@ class Report:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """K1 for sm_90a, and the processor seconds that took."""
+def compiled() -> Path:
+    """K1 for sm_90a."""
     nvcc = build.find_nvcc()
     assert nvcc is not None
-    before = _children_seconds()
-    folder = tmp_path_factory.mktemp("sm_90a")
-    made = build.compile_kernels(build.SOURCES / "qk_norm_rope.cu", ["sm_90a"], folder, nvcc)
-    return made, _children_seconds() - before
+    return build.compile_kernels(build.SOURCES / "qk_norm_rope.cu", ["sm_90a"], nvcc)
 
 
-def _children_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+@pytest.fixture(scope="module")
+def code(compiled: Path) -> dict[str, list[str]]:
+    """Its machine code."""
+    return disassembled(compiled)
 
 
 def reports(path: Path) -> Iterator[Report]:
@@ -60,12 +57,14 @@ def reports(path: Path) -> Iterator[Report]:
         )
 
 
-def test_k1_compiles_in_two_minutes(compiled: tuple[Path, float]) -> None:
-    assert compiled[1] < 120
+def test_k1_compiles_in_two_minutes(compiled: Path) -> None:
+    """Of one processor; a busy machine takes longer by the clock."""
+    seconds, _, _ = compiled.with_suffix(".txt").read_text().partition(" s\n")
+    assert float(seconds) < 120
 
 
-def test_k1_spills_nothing_and_leaves_room_for_two_blocks(compiled: tuple[Path, float]) -> None:
-    found = list(reports(compiled[0]))
+def test_k1_spills_nothing_and_leaves_room_for_two_blocks(compiled: Path) -> None:
+    found = list(reports(compiled))
     assert len(found) == 145
     assert {report.kernel for report in found if report.spilled_bytes} == SPILLING
     crowded = [r for r in found if r.registers > MOST_REGISTERS and not ROOMY.search(r.kernel)]
@@ -74,10 +73,9 @@ def test_k1_spills_nothing_and_leaves_room_for_two_blocks(compiled: tuple[Path, 
 
 @pytest.mark.parametrize("kernel, loads, stores", [("forward", 4, 4), ("backward", 4, 2)])
 def test_k1_reads_and_writes_sixteen_bytes_at_a_time(
-    compiled: tuple[Path, float], kernel: str, loads: int, stores: int
+    code: dict[str, list[str]], kernel: str, loads: int, stores: int
 ) -> None:
     """Rows of 128 in bfloat16, forward two at once and backward one of x and one of dy."""
-    code = disassembled(compiled[0])
     mark = "4bf16ELi8ELi8ELi0ELi1E"  # V = 8, 8 lanes, no mean, halves
     (lines,) = (v for k, v in code.items() if f"{kernel}_kernel" in k and mark in k)
     first_store = next(i for i, line in enumerate(lines) if "STG.E" in line and ".128" in line)
