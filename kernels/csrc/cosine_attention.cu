@@ -31,6 +31,7 @@ static int64_t row_count(const Problem& p) { return int64_t{p.batch} * p.heads *
 static int64_t bias_size(const Problem& p) {
     return int64_t{p.bias_batches} * p.heads * p.queries * p.keys;
 }
+static int depth_of(const Problem& p) { return std::max((p.width + 15) / 16 * 16, 32); }
 static int row_block(const Problem& p) { return p.queries <= few_rows ? few_rows : most_rows; }
 static bool one_pass(const Problem& p) { return p.queries <= most_rows; }
 
@@ -118,7 +119,7 @@ int backward_by_size(const Problem& p, const BackwardPartials& partials, void* s
 
 template <class T>
 int forward_by_width(const Problem& p, const ForwardPartials& partials, void* stream) {
-    switch ((p.width + 15) / 16 * 16) {
+    switch (depth_of(p)) {
 #define CASE(depth)                                                                \
     case depth:                                                                    \
         return p.queries <= few_rows ? forward<T, depth, 2>(p, partials, stream)   \
@@ -131,7 +132,7 @@ int forward_by_width(const Problem& p, const ForwardPartials& partials, void* st
 
 template <class T>
 int backward_by_width(const Problem& p, const BackwardPartials& partials, void* stream) {
-    switch ((p.width + 15) / 16 * 16) {
+    switch (depth_of(p)) {
 #define CASE(depth) \
     case depth:     \
         return backward_by_size<T, depth>(p, partials, stream);

@@ -127,7 +127,7 @@ def with_zero_rows(inputs: Inputs) -> Inputs:
     return replace(inputs, eps=1e-3)
 
 
-WIDTHS = (32, 40, 64, 72, 80, 88, 96, 128)
+WIDTHS = (8, 32, 40, 64, 72, 80, 88, 96, 128)
 ROWS_AND_KEYS = (
     (1, 1), (7, 63), (63, 7), (64, 64), (65, 127), (127, 65), (129, 129), (257, 1), (1, 257),
 )  # fmt: skip
