@@ -14,7 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -115,11 +115,28 @@ def eager(x: Inputs) -> Tensor:
 
 
 def normalised_cudnn(x: Inputs, *, causal: bool = False) -> Tensor:
-    """The composed path: L2 norm with the scale folded in (K1), then cuDNN with scale 1."""
-    scales = (x.log_scale.exp(), None)
-    flat = (y.flatten(0, 1) for y in (x.q, x.k))
-    q, k = qk_norm_rope(*flat, norm=Norm.L2, eps=EPS, scales=scales)
+    """L2 norm with the scale folded into queries, then cuDNN with scale 1.
+
+    The norm is K1 where queries and keys are of the same tokens (the composed path), else compiled.
+    """
+    scale = x.log_scale.exp()
+    if x.q.shape[1] == x.k.shape[1]:
+        flat = (y.flatten(0, 1) for y in (x.q, x.k))
+        q, k = qk_norm_rope(*flat, norm=Norm.L2, eps=EPS, scales=(scale, None))
+    else:
+        q, k = compiled_unit()(x.q, scale), compiled_unit()(x.k, torch.ones_like(scale))
     return cudnn(q.view_as(x.q), k.view_as(x.k), x.v, x.bias, causal=causal, scale=1.0)
+
+
+def unit(x: Tensor, scale: Tensor) -> Tensor:
+    """Rows of length `scale` of their head."""
+    return (normalize(x.float(), dim=-1, eps=EPS) * scale[:, None]).to(x.dtype)
+
+
+@cache
+def compiled_unit() -> Callable[[Tensor, Tensor], Tensor]:
+    """The same, compiled: one kernel."""
+    return torch.compile(unit)
 
 
 def cudnn(

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from mmtrain.ops.attention import IntervalPlan, interval_attention, repeat_heads
 from mmtrain.ops.extension import LIBRARY, NAMESPACE, define
@@ -145,7 +146,11 @@ def composed_cosine_attention(
         eps: length below which a vector counts as zero.
     """
     scale_H = log_scale_H.float().clamp(max=log_scale_max).exp()
-    q, k = qk_norm_rope(q_THK, k_SHK, norm=Norm.L2, eps=eps, scales=(scale_H, None))
+    if len(q_THK) == len(k_SHK):
+        q, k = qk_norm_rope(q_THK, k_SHK, norm=Norm.L2, eps=eps, scales=(scale_H, None))
+    else:  # the op takes queries and keys of the same tokens
+        q, k = (normalize(x.float(), dim=-1, eps=eps) for x in (q_THK, k_SHK))
+        q, k = (q * scale_H[:, None]).to(v_SHK.dtype), k.to(v_SHK.dtype)
     return interval_attention(q, k, v_SHK.to(q.dtype), plan, 1.0)
 
 

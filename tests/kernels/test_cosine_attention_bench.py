@@ -34,6 +34,7 @@ def bench(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     shapes = (("perceiver 4 x 32", (4, 2, 4, 32, 16), 0), ("windows of 8", (4, 2, 8, 8, 16), 1))
     monkeypatch.setattr(script, "SHAPES", tuple(script.Shape(*shape) for shape in shapes))
     monkeypatch.setattr(script, "ceilings", lambda: Ceilings(1e9, 1e12))
+    monkeypatch.setattr(script, "compiled_unit", lambda: script.unit)
     monkeypatch.setattr(script, "rotations", lambda size: 2)
     monkeypatch.setattr(measure, "circumstances", lambda: {"gpu": "none"})
     monkeypatch.setattr(measure, "RESULTS", tmp_path)

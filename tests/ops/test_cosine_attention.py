@@ -182,6 +182,17 @@ def test_fused_and_composed_are_one_function(lengths: list[int]) -> None:
         torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
 
 
+def test_composed_takes_fewer_queries_than_keys() -> None:
+    q, k, v = torch.randn(7, HEADS, 16), torch.randn(40, 1, 16), torch.randn(40, 1, 16)
+    log_scale = torch.tensor([2.0, 6.0])
+    lo, hi = torch.arange(7), torch.arange(7) * 5 + 10
+    fused = cosine_attention(
+        q[None], k[None], v[None], log_scale, intervals=KeyIntervals.of_rows(lo, hi, 40)
+    )[0]
+    composed = composed_cosine_attention(q, k, v, log_scale, plan_intervals(lo, hi, 40))
+    torch.testing.assert_close(fused, composed, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "rows, keys, width, kind, path",
     [
