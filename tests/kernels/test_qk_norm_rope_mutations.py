@@ -18,7 +18,10 @@ from kernels.build import SOURCES, find_host_compiler
 
 pytestmark = pytest.mark.skipif(find_host_compiler() is None, reason="the emulator needs g++")
 
-FILES = ("qk_norm_rope.h", "qk_norm_rope.cuh", "qk_norm_rope.cu", "simt.h", "simt_host.h")
+FILES = (
+    *(f"qk_norm_rope{rest}" for rest in (".h", "_row.cuh", ".cuh", ".cu")),
+    *("simt.h", "simt_host.h"),
+)
 WIDTH = 88  # 11 lanes a row, two rows a warp, lanes left over
 
 # what is damaged -> (text, its replacement); each text stands in the sources once
