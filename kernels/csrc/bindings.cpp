@@ -111,6 +111,7 @@ struct Common {
 
     MmtrainQkNormRope problem() const {
         MmtrainQkNormRope p = {};
+        p.parameter = unknown;
         fill(p, 0, q, q_weight, q_bias, q_scale);
         fill(p, 1, k, k_weight, k_bias, k_scale);
         STD_TORCH_CHECK(q.size(0) == k.size(0) && q.size(2) == k.size(2) &&
@@ -141,6 +142,8 @@ struct Common {
     }
 
 private:
+    static constexpr int32_t unknown = -1;  // the type of parameters, before there is one
+
     static void fill(MmtrainQkNormRope& p, int i, const Tensor& x, const Maybe& weight,
                      const Maybe& bias, const Maybe& scale) {
         MmtrainQkSide& side = p.side[i];
@@ -154,7 +157,10 @@ private:
             const Tensor& vector = **given[n];
             STD_TORCH_CHECK(vector.is_contiguous() && vector.numel() == sizes[n],
                             "a weight, bias or scale has the wrong size");
-            p.parameter = element_of(vector);
+            const int32_t type = element_of(vector);
+            STD_TORCH_CHECK(p.parameter == unknown || p.parameter == type,
+                            "weights, biases and scales differ in type");
+            p.parameter = type;
             *fields[n] = vector.data_ptr();
         }
     }

@@ -52,9 +52,9 @@ import mmtrain.ops.qk_norm_rope
 
 torch.ops.load_library(sys.argv[1])
 op = torch.ops.mmtrain.qk_norm_rope
-def call(q, k, *, weight=None, tables=(None, None), norm=1, pairing=0):
+def call(q, k, *, weight=None, other=None, tables=(None, None), norm=1, pairing=0):
     try:
-        op(q, k, weight, None, None, None, None, None, *tables, None, norm, pairing, 1e-6)
+        op(q, k, weight, other, None, None, None, None, *tables, None, norm, pairing, 1e-6)
     except RuntimeError as error:
         print(str(error).splitlines()[0])
     else:
@@ -65,6 +65,7 @@ call(torch.randn(4, 2, 68), torch.randn(4, 2, 68))
 call(torch.randn(4, 2, 24), torch.randn(4, 2, 24))
 call(x, torch.randn(5, 2, 64))
 call(x, x, weight=torch.ones(32))
+call(x, x, weight=torch.ones(64), other=torch.ones(64).bfloat16())
 call(x, x, tables=(torch.ones(4, 16), torch.ones(4, 16)), pairing=1)
 call(x.double(), x.double())
 """
@@ -96,6 +97,7 @@ def test_what_the_kernels_cannot_take_is_refused_with_a_reason() -> None:
         "not supported by the kernel",
         "differ in tokens, width or type",
         "has the wrong size",
+        "differ in type",
         "wanted: float32 tables",
         "wanted: float32, bfloat16 or float16",
     ]
