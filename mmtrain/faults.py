@@ -17,6 +17,7 @@ from mmtrain.layout.dims import dims_for
 from mmtrain.layout.names import covers
 from mmtrain.models.census import LayerCensus, take_census
 from mmtrain.models.spec import ModelSpec
+from mmtrain.ops.select import Preference, no_kernels
 from mmtrain.schema import join, suggestion
 from mmtrain.settings import Decay, Phase, Recipe, ScheduleConfig, SourceConfig
 
@@ -348,7 +349,12 @@ def _shards(place: str, folder: Path, recipe: Recipe, fingerprint: str | None) -
 
 
 def missing_files(recipe: Recipe, spec: ModelSpec) -> Iterator[Problem]:
-    """Every file and folder that a recipe names and that is not there, or not what it must be."""
+    """Every file and folder that a recipe names and that is not there, or not what it must be.
+
+    A GPU and a library of kernels that it insists on count as such.
+    """
+    if recipe.ops.attention is Preference.cuda and (reason := no_kernels()):
+        yield Problem("ops.attention", f"cuda, but {reason}; or use auto, which takes torch then")
     fingerprint = yield from _tokenizer(recipe, spec)
     for place, source in _all_sources(recipe):
         if source.remote is None:  # else fetched when needed

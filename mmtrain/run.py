@@ -40,6 +40,7 @@ from mmtrain.layout.dims import ParallelDims, dims_for
 from mmtrain.layout.ranks import launched
 from mmtrain.models.families import spec_of
 from mmtrain.models.spec import BatchShape, ModelSpec
+from mmtrain.ops import select
 from mmtrain.parallel.build import Builder, Construction, Fold, Stage, canonical_parameters
 from mmtrain.parallel.mesh import Mesh, open_mesh
 from mmtrain.settings import Phase, Precision, Recipe, Recompute, SourceConfig
@@ -162,6 +163,9 @@ def build_engine(setting: Setting, mesh: Mesh) -> Engine:
     construction = _construction(setting)
     implementation = choose(recipe.optimizer.implementation, mesh.device)
     log.info("optimizer: AdamW by %s", implementation.value)
+    select.use(recipe.ops.attention)
+    for row in select.table(mesh.device):
+        log.info("op %s", row)
     settings = _engine_settings(setting, mesh.dims)
     facts = setting.facts
     log.info("%d of %d numbers are trained", facts.trained_numbers, facts.numbers)

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 from mmtrain.data.rules import Rule
+from mmtrain.ops.select import Preference
 
 
 class Phase(Enum):
@@ -323,6 +324,13 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OpsConfig:
+    """Which implementations of operations run; the table at start says what was chosen, and why."""
+
+    attention: Preference = Preference.auto  # norm, rotary embedding and attention of every head
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The whole of a run."""
 
@@ -337,6 +345,7 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    ops: OpsConfig = field(default_factory=OpsConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)  # in the phase decoder alone
     log: LogConfig = field(default_factory=LogConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)

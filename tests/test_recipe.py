@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mmtrain.errors import RecipeError
-from mmtrain.recipe import load, problems, to_yaml
+from mmtrain.ops.select import Preference
+from mmtrain.recipe import load, problems, read, to_yaml
 from mmtrain.settings import Decay, Precision, Recompute, Rule
 
 TINY = """
@@ -121,6 +123,14 @@ def test_the_written_recipe_reads_back_as_the_same_object(tiny: Path) -> None:
     copy.write_text(to_yaml(recipe))
     assert load(copy) == recipe
     assert to_yaml(load(copy)) == to_yaml(recipe)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels may be there")
+def test_kernels_that_a_recipe_insists_on_must_be_there_to_train_not_to_plan(tiny: Path) -> None:
+    overrides = ["ops.attention=cuda"]
+    assert read(tiny, overrides).ops.attention is Preference.cuda
+    fault = only(tiny, *overrides)
+    assert fault.startswith("ops.attention: cuda, but there is no CUDA device; or use auto")
 
 
 # spelling and types

@@ -4,10 +4,16 @@ No head count is stored: under tensor parallelism the projections are narrower, 
 heads is read off their output. What varies between models is passed in as parts: norms of queries
 and keys, and the similarity (scaled dot product, or cosine with a learned scale).
 
+Between projections and attention, queries and keys pass norm, rotary embedding and similarity: on a
+CPU module after module, on a GPU as one op (`ops.qk_norm_rope`) that is told the modules'
+parameters. The modules own them in both cases, so names, initial weights, tensor plan and hooks of
+parameters are the same.
+
 T tokens   D width   H heads   K head width
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +22,10 @@ from torch.nn import functional
 from mmtrain.nn.lora import Beside, adapted, no_adapter
 from mmtrain.nn.masks import Keys
 from mmtrain.nn.noise import RowNoise
+from mmtrain.nn.norm import RMSNorm
+from mmtrain.ops.qk_norm_rope import ELEMENTS, WIDTHS, Norm, Pairing, qk_norm_rope
 from mmtrain.ops.rotary import rotate
+from mmtrain.ops.select import QkBackend, qk_backend
 
 LOG_SCALE_MAX = math.log(100.0)  # Swin v2 (Liu et al. 2021, arXiv:2111.09883, section 3.3)
 COSINE_EPS = 1e-6  # length below which a row counts as zero; 1e-12 blows up gradients of zero rows
@@ -38,10 +47,13 @@ class Cosine(nn.Module):
         super().__init__()
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(10.0)))
 
+    def scale(self) -> Tensor:
+        """The factor of each head's cosines, float32 `[H]`."""
+        return self.log_scale.float().clamp(max=LOG_SCALE_MAX).exp()
+
     def forward(self, q_THK: Tensor, k_THK: Tensor) -> tuple[Tensor, Tensor, float]:
         """Queries and keys of unit length, the scale folded into the queries, and 1."""
-        scale_H1 = self.log_scale.float().clamp(max=LOG_SCALE_MAX).exp()[:, None]
-        q = functional.normalize(q_THK.float(), dim=-1, eps=COSINE_EPS) * scale_H1
+        q = functional.normalize(q_THK.float(), dim=-1, eps=COSINE_EPS) * self.scale()[:, None]
         k = functional.normalize(k_THK.float(), dim=-1, eps=COSINE_EPS)
         return q.to(q_THK.dtype), k.to(k_THK.dtype), 1.0
 
@@ -107,8 +119,70 @@ class PackedAttention(nn.Module):
                 (self.v, self.v_lora),
             )
         )
-        q = rotate(self.q_norm(q), *rotary)
-        k = rotate(self.k_norm(k), *rotary)
-        q, k, scale = self.similarity(q, k)
+        if qk_backend(q.device) is QkBackend.KERNEL and self._fuses(q):
+            q, k, scale = self._fused(q, k, rotary)
+        else:
+            q = rotate(self.q_norm(q), *rotary)
+            k = rotate(self.k_norm(k), *rotary)
+            q, k, scale = self.similarity(q, k)
         attended = keys.attend(self, q, k, v, scale).flatten(-2)
         return adapted(self.out, self.out_lora, attended, noise)
+
+    def read_directly(self) -> Iterator[nn.Parameter]:
+        """Parameters of parts that this layer reads itself, without calling the part."""
+        for part in (self.q_norm, self.k_norm, self.similarity):
+            yield from part.parameters()
+
+    def _fuses(self, q: Tensor) -> bool:
+        """Whether the op knows these parts, this head width and this type."""
+        return (
+            type(self.q_norm) in _NORMS
+            and type(self.k_norm) is type(self.q_norm)
+            and type(self.similarity) in (DotProduct, Cosine)
+            and q.shape[-1] in WIDTHS
+            and q.dtype in ELEMENTS
+        )
+
+    def _fused(
+        self, q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, float]:
+        """What norms, rotary embedding and similarity give, by one op or two."""
+        norm, tables = _NORMS[type(self.q_norm)], (rotary[0].squeeze(1), rotary[1].squeeze(1))
+        similarity = self.similarity
+        # a turn keeps lengths: cosines without a norm before them are one op
+        turned = norm is not Norm.NONE or not isinstance(similarity, Cosine)
+        if turned:
+            q, k = qk_norm_rope(
+                q,
+                k,
+                norm=norm,
+                eps=getattr(self.q_norm, "eps", 0.0),
+                weights=(_own(self.q_norm, "weight"), _own(self.k_norm, "weight")),
+                biases=(_own(self.q_norm, "bias"), _own(self.k_norm, "bias")),
+                pairing=Pairing.HALVES,
+                tables=tables,
+            )
+        if not isinstance(similarity, Cosine):
+            return q, k, q.shape[-1] ** -0.5
+        q, k = qk_norm_rope(
+            q,
+            k,
+            norm=Norm.L2,
+            eps=COSINE_EPS,
+            scales=(similarity.scale(), None),
+            pairing=Pairing.NONE if turned else Pairing.HALVES,
+            tables=None if turned else tables,
+        )
+        return q, k, 1.0
+
+
+_NORMS: dict[type[nn.Module], Norm] = {
+    nn.Identity: Norm.NONE,
+    RMSNorm: Norm.RMS,
+    nn.LayerNorm: Norm.LAYER,
+}
+
+
+def _own(module: nn.Module, name: str) -> Tensor | None:
+    found: Tensor | None = getattr(module, name, None)
+    return found

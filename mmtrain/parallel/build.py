@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmtrain.layout.plan import TensorPlan
+from mmtrain.nn.attention import PackedAttention
 from mmtrain.nn.flow import Flow
 from mmtrain.parallel.mesh import Mesh
 from mmtrain.parallel.shard import (
@@ -113,6 +114,10 @@ class Partitioned(nn.Module):
         inner = layer.layer if isinstance(layer, Recomputed) else layer
         for parameter in inner.parameters(recurse=False):
             deepspeed.zero.register_external_parameter(self, parameter)
+        for module in inner.modules():
+            if isinstance(module, PackedAttention):  # it may read them without calling the norms
+                for parameter in module.read_directly():
+                    deepspeed.zero.register_external_parameter(module, parameter)
 
     def forward(self, flow: Flow) -> Any:
         """A flow with its hidden states beside it, or the last layer's losses."""

@@ -1,15 +1,18 @@
 """Switches of the trunk's attention: norms of queries and keys, cosine similarity."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from mmtrain.nn import attention as attention_module
 from mmtrain.nn.attention import Cosine, DotProduct, PackedAttention
 from mmtrain.nn.cache import KeyValueCache, Prefill, Step
 from mmtrain.nn.masks import Intervals
 from mmtrain.nn.norm import RMSNorm
 from mmtrain.ops.rotary import rotary_tables
+from mmtrain.ops.select import QkBackend
 
 WIDTH, HEADS, ROWS = 32, 4, 12
 
@@ -113,3 +116,69 @@ def test_grouped_keys_are_kept_narrow_and_read_alike_while_writing() -> None:
     written = module(x[last:], (cos[last:], sin[last:]), step)
     torch.testing.assert_close(written, run(module, x)[last:])
     assert cache.write(module, zeros[:0], slots[:0], *torch.zeros(2, 0, 2, 8))[0].shape[-2] == 2
+
+
+NORMS = {
+    "none": torch.nn.Identity,
+    "rms": lambda: RMSNorm(32, 1e-6),
+    "layer": lambda: torch.nn.LayerNorm(32, 1e-6),
+}
+
+
+@pytest.mark.parametrize("similarity", [DotProduct, lambda: Cosine(4)])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_fused_way_gives_what_the_modules_give(
+    norm: str, similarity: Callable[[], torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients of inputs and every parameter; on a GPU the fused way is the kernel."""
+    torch.manual_seed(0)
+    module = PackedAttention(
+        128,
+        4,
+        kv_heads=2,
+        q_norm=NORMS[norm](),
+        k_norm=NORMS[norm](),
+        similarity=similarity(),
+    )
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0.0, 0.2)
+    x, upstream = torch.randn(2, ROWS, 128)
+    x.requires_grad_()
+    intervals = Intervals.causal_packed(torch.zeros(ROWS, dtype=torch.int64))
+    names = [name for name, _ in module.named_parameters()]
+
+    def results() -> list[torch.Tensor]:
+        out = module(x, rotary_tables(torch.arange(ROWS), 32, 1e4), intervals)
+        return [out, *torch.autograd.grad(out, [x, *module.parameters()], upstream)]
+
+    chain = results()
+    calls = []
+    monkeypatch.setattr(attention_module, "qk_backend", lambda device: QkBackend.KERNEL)
+    op = attention_module.qk_norm_rope
+    monkeypatch.setattr(
+        attention_module, "qk_norm_rope", lambda *a, **k: calls.append(k["norm"]) or op(*a, **k)
+    )
+    for name, ours, wanted in zip(["out", "x", *names], results(), chain, strict=True):
+        error = float(((ours - wanted).norm() / wanted.norm()).detach())
+        assert error < 2e-6, f"{name}: {error:.1e}"
+    cosine = similarity is not DotProduct
+    assert len(calls) == 1 + (cosine and norm != "none")
+
+
+def test_parts_that_the_op_does_not_know_run_as_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_module, "qk_backend", lambda device: QkBackend.KERNEL)
+    monkeypatch.setattr(attention_module, "qk_norm_rope", lambda *a, **k: pytest.fail("called"))
+    narrow = attention(DotProduct())  # heads of 8 channels
+    assert run(narrow, torch.randn(ROWS, WIDTH)).shape == (ROWS, WIDTH)
+
+
+def test_an_attention_layer_names_the_parameters_that_it_reads_itself() -> None:
+    module = PackedAttention(
+        32, 4, kv_heads=4, q_norm=RMSNorm(8, 1e-6), k_norm=RMSNorm(8, 1e-6), similarity=Cosine(4)
+    )
+    named = {id(parameter): name for name, parameter in module.named_parameters()}
+    assert {named[id(parameter)] for parameter in module.read_directly()} == {
+        "q_norm.weight",
+        "k_norm.weight",
+        "similarity.log_scale",
+    }
