@@ -12,7 +12,7 @@ from pathlib import Path
 import emulated
 import pytest
 from emulated import Inputs
-from test_qk_norm_rope import check, drawn
+from test_qk_norm_rope_emulated import check, drawn
 
 from kernels.build import SOURCES, find_host_compiler
 
