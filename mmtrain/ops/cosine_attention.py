@@ -32,7 +32,7 @@ from torch.nn.functional import normalize
 from mmtrain.ops.attention import IntervalPlan, interval_attention, repeat_heads
 from mmtrain.ops.extension import LIBRARY, NAMESPACE, define
 from mmtrain.ops.intervals import KeyIntervals
-from mmtrain.ops.qk_norm_rope import Norm, qk_norm_rope
+from mmtrain.ops.qk_norm_rope import Norm, qk_norm_rope, vector_ready
 from mmtrain.ops.select import QkBackend, qk_backend
 
 LOG_SCALE_MAX = math.log(100.0)  # Swin v2, section 3.3
@@ -113,7 +113,7 @@ def cosine_attention(
         dtype = torch.get_autocast_dtype(kind)
         q_BTHK, k_BSHK, v_BSHK = (x.to(dtype) for x in (q_BTHK, k_BSHK, v_BSHK))
     k_BSHK, v_BSHK = (repeat_heads(x, q_BTHK.shape[-2]) for x in (k_BSHK, v_BSHK))
-    q_BTHK, k_BSHK, v_BSHK = (_readable(x) for x in (q_BTHK, k_BSHK, v_BSHK))
+    q_BTHK, k_BSHK, v_BSHK = (vector_ready(x) for x in (q_BTHK, k_BSHK, v_BSHK))
     mask: tuple[Tensor | None, ...] = (None,) * 4
     if intervals is not None:
         mask = (intervals.lo_BT, intervals.hi_BT, intervals.first_BS, intervals.last_BS)
@@ -152,16 +152,6 @@ def composed_cosine_attention(
         q, k = (normalize(x.float(), dim=-1, eps=eps) for x in (q_THK, k_SHK))
         q, k = (q * scale_H[:, None]).to(v_SHK.dtype), k.to(v_SHK.dtype)
     return interval_attention(q, k, v_SHK.to(q.dtype), plan, 1.0)
-
-
-def _readable(x: Tensor) -> Tensor:
-    """`x`, or a copy where its rows cannot be read 16 bytes at a time.
-
-    Compilers cannot trace the offset; if it is odd, the kernels refuse.
-    """
-    aligned = torch.compiler.is_compiling() or x.storage_offset() % 8 == 0
-    aligned = aligned and all(stride % 8 == 0 for stride in x.stride()[:-1])
-    return x if x.stride(-1) == 1 and aligned else x.contiguous()
 
 
 # --- The torch implementation -------------------------------------------------------------------
@@ -302,7 +292,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
         return (None,) * 12
     q, k, v, log_scale, bias, *mask, out, lse = ctx.saved_tensors
     wants_bias = bias is not None and ctx.needs_input_grad[4]
-    dout = torch.zeros_like(out) if dout is None else _readable(dout)
+    dout = torch.zeros_like(out) if dout is None else vector_ready(dout)
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv, dlog_scale, dbias = torch.ops.mmtrain.cosine_attention_backward(
         dout, dlse, q, k, v, out, lse, log_scale, bias, *mask, ctx.log_scale_max, ctx.eps,

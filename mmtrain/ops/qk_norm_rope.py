@@ -106,8 +106,12 @@ def qk_norm_rope(
 
 
 def vector_ready(x: Tensor) -> Tensor:
-    """`x`, or a copy where its rows cannot be read 16 bytes at a time."""
-    aligned = x.storage_offset() % 8 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
+    """`x`, or a copy where its rows cannot be read 16 bytes at a time.
+
+    Compilers cannot trace the offset; if it is odd, the kernels refuse.
+    """
+    aligned = torch.compiler.is_compiling() or x.storage_offset() % 8 == 0
+    aligned = aligned and all(stride % 8 == 0 for stride in x.stride()[:-1])
     return x if x.stride(-1) == 1 and aligned else x.contiguous()
 
 
