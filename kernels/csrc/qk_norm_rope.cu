@@ -112,12 +112,23 @@ static int usual_width(const MmtrainQkNormRope& p, const Pass& pass) {
     return any_width<simt::bf16>(p, pass);
 }
 
+// Whether every row begins where a lane's vector may be read
+static bool aligned(const MmtrainQkNormRope& p, const MmtrainRows& rows) {
+    const int64_t bytes = p.element == MMTRAIN_FLOAT32 ? 4 : 2;
+    const int64_t unit = p.width % 16 && bytes == 2 ? 8 : 16;
+    return !rows.data || (reinterpret_cast<uintptr_t>(rows.data) % unit == 0 &&
+                          rows.token_stride * bytes % unit == 0 &&
+                          rows.head_stride * bytes % unit == 0);
+}
+
 template <class Pass>
 static int dispatch(const MmtrainQkNormRope& p, const Pass& pass) {
     if (p.width < 32 || p.width > 256 || p.width % 8) return -1;
     if (p.norm < MMTRAIN_NORM_NONE || p.norm > MMTRAIN_NORM_L2) return -1;
     for (const MmtrainQkSide& side : p.side)
-        if (side.heads < 1 || side.heads > most_heads) return -1;
+        if (side.heads < 1 || side.heads > most_heads || !aligned(p, side.x) ||
+            !aligned(p, side.y) || !aligned(p, side.dy) || !aligned(p, side.dx))
+            return -1;
     if (p.tokens == 0) return 0;
     switch (p.element) {
         case MMTRAIN_BFLOAT16: return usual_width(p, pass);

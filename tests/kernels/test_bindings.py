@@ -63,6 +63,7 @@ x = torch.randn(4, 2, 64)
 call(x, x)
 call(torch.randn(4, 2, 68), torch.randn(4, 2, 68))
 call(torch.randn(4, 2, 24), torch.randn(4, 2, 24))
+call(torch.randn(4 * 2 * 64 + 1)[1:].view(4, 2, 64), x)  # begins 4 bytes into a vector
 call(x, torch.randn(5, 2, 64))
 call(x, x, weight=torch.ones(32))
 call(x, x, weight=torch.ones(64), other=torch.ones(64).bfloat16())
@@ -94,6 +95,7 @@ def test_what_the_kernels_cannot_take_is_refused_with_a_reason() -> None:
     expected = [
         "took it",
         "strides divisible by 8",
+        "not supported by the kernel",
         "not supported by the kernel",
         "differ in tokens, width or type",
         "has the wrong size",
