@@ -18,7 +18,7 @@ DEMO_DOCUMENTS ?= 24000
 DEMO_OVERRIDES ?=
 # as in: make emu EMU_OVERRIDES="train.steps=20 schedule.warmup_steps=2"
 EMU_OVERRIDES ?=
-# shapes: two cores, 22 minutes; long: one GPU (DEMO_DOCUMENTS=200000 before the data are drawn)
+# shapes: two cores, 20 minutes; long: one GPU (DEMO_DOCUMENTS=200000 before the data are drawn)
 EMU_SIZE ?= shapes
 EMU_RANKS ?= 2
 # the launcher's default port may belong to another run on this machine
@@ -51,7 +51,7 @@ TRAIN_EMU = command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu; \
 	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(nproc) + 1) / 2 ))}; \
 	torchrun --nproc-per-node $(EMU_RANKS) --master-port $$($(FREE_PORT)) -m mmtrain train
 
-emu: emu-evaluate ## the whole of Emu on coloured shapes: pretrain, decoder, instruct, evaluate (22 minutes on 2 cores)
+emu: emu-evaluate ## the whole of Emu on coloured shapes: pretrain, decoder, instruct, evaluate (20 minutes on 2 cores)
 
 emu-data: setup
 	@test -e $(DEMO_DATA)/tokenizer/tokenizer.json || \
