@@ -45,11 +45,15 @@ def read(name: str) -> Recipe:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_lacks_nothing_but_its_data(
-    path: Path, capsys: pytest.CaptureFixture[str]
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where no data lie, whatever lies beside this file
     seen = examine(path)
     assert seen.faults == ()
-    inputs = ("data.", "train.initialize_from", "decoder.")
+    inputs = ("data.", "train.initialize_from", "decoder.", "evaluate.tasks.")
     assert all(problem.place.startswith(inputs) for problem in seen.missing)
     assert seen.recipe is not None
     numbers = collect(seen.recipe).numbers
