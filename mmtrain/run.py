@@ -50,7 +50,7 @@ from mmtrain.train.engine import Engine, EngineSettings, FoldEngine, StageEngine
 from mmtrain.train.metrics import Reporter, Work
 from mmtrain.train.optim import Filled, build_optimizer, choose, parameter_groups, used_groups
 from mmtrain.train.peak import peak_tflops
-from mmtrain.train.save import restore, save
+from mmtrain.train.save import Saver, Target, newest_sound, restore
 from mmtrain.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -97,11 +97,11 @@ def train(recipe: Recipe) -> int:
         engine = build_engine(setting, mesh)
         root = setting.folder / "checkpoints"
         mesh.barrier()  # the folder is there
-        found = store.committed(root)
         ema = Ema(engine, recipe.train.ema) if recipe.train.ema else None
-        state = restore(engine, ema, found[-1]) if found else TrainState()
+        found = newest_sound(root, mesh)
+        state = restore(engine, ema, found) if found else TrainState()
         if found:
-            log.info("goes on from %s", found[-1])
+            log.info("goes on from %s", found)
         _write_recipe(setting, mesh, state)
         parts = _parts(setting, mesh, engine, ema, state)
         try:
@@ -139,6 +139,7 @@ def _loop_plan(recipe: Recipe) -> loop.Plan:
 def _open_folder(setting: Setting) -> None:
     setting.folder.mkdir(parents=True, exist_ok=True)
     logs.add_file(setting.folder / "log.txt")
+    store.sweep(setting.folder / "checkpoints")
 
 
 def _write_recipe(setting: Setting, mesh: Mesh, state: TrainState) -> None:
@@ -324,13 +325,15 @@ def _parts(
     loader = _loader(setting, mesh, state) if reads else None
     draws = partial(draw_pack, vocabulary=setting.vocabulary, layout=setting.layout, width=520)
     reporter = _reporter(setting, mesh, state) if mesh.rank == 0 else None
+    saver = _saver(setting, engine, ema, reporter)
     return loop.Parts(
         engine=engine,
         batches=loader.steps() if loader is not None else None,
         heldout=tuple(_heldout(setting, mesh)) if recipe.validate.every_steps else (),
         reporter=reporter,
         draw=(lambda batches: draws(batches[0])) if mesh.rank == 0 else None,
-        save=partial(_save, setting, engine, ema, loader),
+        save=partial(_save, saver, loader),
+        saver=saver,
         ema=ema,
         evaluate=_evaluation(setting, mesh, reporter),
     )
@@ -350,13 +353,15 @@ def _decoder_parts(
     )
     loader = job.loader(state)
     reporter = _reporter(setting, mesh, state) if mesh.rank == 0 else None
+    saver = _saver(setting, engine, ema, reporter)
     return loop.Parts(
         engine=engine,
         batches=job.samples.batches(loader.steps()),
         heldout=tuple(job.heldout()) if recipe.validate.every_steps else (),
         reporter=reporter,
         draw=None,
-        save=partial(_save, setting, engine, ema, loader),
+        save=partial(_save, saver, loader),
+        saver=saver,
         ema=ema,
         sketch=job.sketcher(engine, ema, setting.shapes, setting.folder / "samples"),
         evaluate=_evaluation(setting, mesh, reporter),
@@ -381,28 +386,25 @@ def _evaluation(
     return evaluate
 
 
-def _save(
-    setting: Setting,
-    engine: Engine,
-    ema: Ema | None,
-    loader: Loader[Any] | None,
-    state: TrainState,
-) -> Path:
+def _saver(setting: Setting, engine: Engine, ema: Ema | None, reporter: Reporter | None) -> Saver:
+    recipe = setting.recipe
+    target = Target(
+        root=setting.folder / "checkpoints",
+        keep=recipe.save.keep,
+        keep_every_steps=recipe.save.keep_every_steps,
+        plan=setting.spec.plan,
+        shapes=setting.shapes,
+        recipe_hash=hashlib.sha256(recipes.to_yaml(recipe).encode()).hexdigest(),
+    )
+    report = reporter.saved if reporter is not None else lambda saved: None
+    return Saver(engine, ema, target, recipe.save.background, report)
+
+
+def _save(saver: Saver, loader: Loader[Any] | None, state: TrainState) -> None:
     if loader is not None:
         mark = loader.mark(state.step)
         state.plan_window, state.plan_first_pack = mark.window, mark.first_pack
-    folder = save(
-        engine,
-        ema,
-        state,
-        setting.folder / "checkpoints",
-        setting.recipe.save.keep,
-        setting.spec.plan,
-        setting.shapes,
-        hashlib.sha256(recipes.to_yaml(setting.recipe).encode()).hexdigest(),
-    )
-    log.info("step %d saved: %s", state.step, folder)
-    return folder
+    saver.save(state)
 
 
 def _reporter(setting: Setting, mesh: Mesh, state: TrainState) -> Reporter:

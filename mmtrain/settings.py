@@ -233,6 +233,8 @@ class SaveConfig:
 
     every_steps: int = 500  # 0 = only at the end
     keep: int = 3  # newest checkpoints kept
+    keep_every_steps: int = 0  # multiples of this step are kept for ever; 0 = none
+    background: bool = True  # write while training goes on; the host holds one copy
 
 
 class Condition(Enum):

@@ -15,7 +15,7 @@ from mmtrain.errors import ContentError, MissingError
 from mmtrain.layout.dims import ParallelDims
 
 NAME = "manifest.json"
-VERSION = 1
+VERSION = 2  # 1 kept the optimizer by rank: it could go on with its own layout only
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Manifest:
     code_version: str
     weights: dict[str, WeightEntry]
     files: dict[str, FileEntry]
+    optimizer_steps: int = 0  # that the optimizer has counted; its states are kept if above 0
     averaged: tuple[str, ...] = ()  # weights whose running mean is kept too
     version: int = VERSION
 
@@ -72,10 +73,21 @@ class Manifest:
             raise ContentError(
                 f"{path}: not JSON ({error}); use an earlier checkpoint of the run"
             ) from error
-        if raw.get("version") != VERSION:
+        version = raw.get("version") if isinstance(raw, dict) else None
+        if version != VERSION:
             raise ContentError(
-                f"{path}: format version {raw.get('version')}, this code reads {VERSION}"
+                f"{path}: format version {version}, this code reads {VERSION}; read it with the "
+                "code that wrote it (`mmtrain convert` there, train.initialize_from here)"
             )
+        try:
+            return cls._of(raw)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ContentError(
+                f"{path}: damaged ({error!r}); use an earlier checkpoint of the run"
+            ) from error
+
+    @classmethod
+    def _of(cls, raw: dict[str, Any]) -> "Manifest":
         raw["dims"] = ParallelDims(**raw["dims"])
         raw["weights"] = {
             name: WeightEntry(tuple(entry["shape"]), entry["dim"], entry["stage"])

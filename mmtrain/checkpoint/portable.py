@@ -8,7 +8,6 @@ model uses.
 """
 
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,23 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from mmtrain.checkpoint import store
 from mmtrain.checkpoint.manifest import Manifest, sampled_hash
-from mmtrain.checkpoint.tensorfile import (
-    INDEX,
-    DamagedFileError,
-    TensorFile,
-    TensorInfo,
-    write_sharded,
-)
+from mmtrain.checkpoint.pieces import MEAN, WEIGHT, Pieces, opened
+from mmtrain.checkpoint.tensorfile import INDEX, TensorInfo, write_sharded
 from mmtrain.errors import ContentError, MissingError, StorageError
-from mmtrain.layout.plan import Slice
 
-WEIGHT = "weight/"  # prefix of weights in a rank file
-MEAN = "ema/"  # prefix of their running means
 DESCRIPTION = "mmtrain.json"
 VERSION = 1
 
@@ -107,6 +97,7 @@ class CheckpointTensors:
         self.manifest = Manifest.read(folder)
         for name in self.manifest.files:
             store.verify_file(folder, name, self.manifest)
+        self._pieces = Pieces(folder, self.manifest)
 
     def names(self) -> list[str]:
         """Canonical names, sorted."""
@@ -118,47 +109,22 @@ class CheckpointTensors:
 
     def info(self, name: str) -> TensorInfo:
         """Full shape and number type of a tensor."""
-        entry = self.manifest.weights[name]
-        holder = store.rank_file(self.manifest.dims.rank((entry.stage, 0, 0)))
-        return TensorInfo(entry.shape, _opened(self.folder / holder).infos[self._key(name)].dtype)
+        return self._pieces.info(self._kind(name), name)
 
     def get(self, name: str) -> Tensor:
         """Merge one tensor from the rank files that hold it."""
-        entry, dims = self.manifest.weights[name], self.manifest.dims
-        parts = [
-            self._tensor_slice(name, entry.stage, tensor)
-            for tensor in range(dims.tensor if entry.dim is not None else 1)
-        ]
-        if entry.dim is None:
-            return parts[0]
-        return torch.cat(parts, entry.dim).narrow(entry.dim, 0, entry.shape[entry.dim])
+        return self._pieces.full(self._kind(name), name)
 
-    def _key(self, name: str) -> str:
-        """Of a tensor in the rank files."""
-        return WEIGHT + name
-
-    def _tensor_slice(self, name: str, stage: int, tensor: int) -> Tensor:
-        entry, dims = self.manifest.weights[name], self.manifest.dims
-        holders = range(dims.data if dims.zero_stage == 3 else 1)
-        shards: list[Tensor] = []
-        for data in holders:
-            path = self.folder / store.rank_file(dims.rank((stage, data, tensor)))
-            shards.append(_opened(path).get(self._key(name)))
-        if dims.zero_stage != 3:
-            return shards[0]
-        shape = list(entry.shape)
-        if entry.dim is not None:
-            length = shape[entry.dim]
-            shape[entry.dim] = Slice(entry.dim, True).local_length(length, dims.tensor)
-        flat = torch.cat([shard.flatten() for shard in shards])
-        return flat[: math.prod(shape)].view(shape)
+    def _kind(self, name: str) -> str:
+        """What is read of a parameter."""
+        return WEIGHT
 
 
 class AveragedTensors(CheckpointTensors):
     """Running means of a checkpoint's weights; the weights themselves where none is kept."""
 
-    def _key(self, name: str) -> str:
-        return (MEAN if name in self._averaged else WEIGHT) + name
+    def _kind(self, name: str) -> str:
+        return MEAN if name in self._averaged else WEIGHT
 
     @cached_property
     def _averaged(self) -> frozenset[str]:
@@ -195,30 +161,11 @@ class ExportedTensors:
 
     def info(self, name: str) -> TensorInfo:
         """Full shape and number type of a tensor."""
-        return _opened(self.folder / self._files[name]).infos[name]
+        return opened(self.folder / self._files[name]).infos[name]
 
     def get(self, name: str) -> Tensor:
         """The full tensor."""
-        return _opened(self.folder / self._files[name]).get(name)
-
-
-def _opened(path: Path) -> TensorFile:
-    """The header of one file of a folder.
-
-    Raises:
-        MissingError: it is not there.
-        ContentError: it is damaged.
-    """
-    try:
-        return TensorFile.open(path)
-    except FileNotFoundError as error:
-        raise MissingError(
-            f"{path}: not found, the files beside it say it is there; copy the whole folder"
-        ) from error
-    except DamagedFileError as error:
-        raise ContentError(
-            f"{path}: cut off or damaged ({error}); copy it again, or export the weights again"
-        ) from error
+        return opened(self.folder / self._files[name]).get(name)
 
 
 def open_tensors(path: Path) -> FullTensors:

@@ -117,10 +117,14 @@ class TensorFile:
 
     def get(self, name: str) -> Tensor:
         """Read one tensor."""
-        info = self.infos[name]
-        return (
-            read_bytes(self.path, self.places[name], info.bytes).view(info.dtype).view(info.shape)
-        )
+        shape = self.infos[name].shape
+        return self.get_numbers(name, 0, math.prod(shape)).view(shape)
+
+    def get_numbers(self, name: str, start: int, stop: int) -> Tensor:
+        """Read numbers `[start, stop)` of one flattened tensor."""
+        dtype = self.infos[name].dtype
+        place = self.places[name] + start * dtype.itemsize
+        return read_bytes(self.path, place, (stop - start) * dtype.itemsize).view(dtype)
 
 
 def read_bytes(path: Path, place: int, count: int) -> Tensor:

@@ -13,6 +13,7 @@ from mmtrain.train.ema import Ema
 from mmtrain.train.engine import Engine
 from mmtrain.train.metrics import Reporter
 from mmtrain.train.optim import rate_factor
+from mmtrain.train.save import Saver
 from mmtrain.train.state import TrainState
 
 Step = Sequence[Batch]  # micro-batches of one optimizer step on one data rank
@@ -58,7 +59,8 @@ class Parts:
         draw: draws a step's packs as one picture (rank 0).
         sketch: shows what the model draws after a step, on rank 0; a collective; None when it
             draws nothing while training.
-        save: commits a checkpoint of a state; a collective.
+        save: begins a checkpoint of a state; a collective.
+        saver: commits it.
         evaluate: asks a checkpoint the tasks of the recipe; a collective; None when it is not due
             while training.
     """
@@ -68,7 +70,8 @@ class Parts:
     heldout: tuple[Heldout, ...]
     reporter: Reporter | None
     draw: Callable[[Step], Image] | None
-    save: Callable[[TrainState], Path]
+    save: Callable[[TrainState], None]
+    saver: Saver
     evaluate: Callable[[Path], None] | None = None
     ema: Ema | None = None
     sketch: Callable[[int], Image | None] | None = None
@@ -107,13 +110,15 @@ def run(parts: Parts, plan: Plan, state: TrainState) -> TrainState:
         evaluates = parts.evaluate is not None and (
             _due(number, plan.evaluate_every_steps) or number == plan.steps
         )
+        parts.saver.poll()
         if _due(number, plan.saving.every_steps) or evaluates:
-            folder = parts.save(state)
+            parts.save(state)
             saved = number
         if parts.evaluate is not None and evaluates:
-            parts.evaluate(folder)
+            parts.evaluate(parts.saver.finish(number))
     if saved != state.step:
         parts.save(state)
+    parts.saver.finish(state.step)
     return state
 
 

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
+from mmtrain.train.save import Saved
 from mmtrain.train.state import LossSums, StepReport, TrainState
 
 log = logging.getLogger(__name__)
@@ -161,6 +162,18 @@ class Reporter:
         for module, operations in self.work.by_module(report).items():
             if operations:
                 self.board.add_scalar(f"work/flops_{module}", operations, step)
+
+    def saved(self, saved: Saved) -> None:
+        """Report a committed checkpoint, and what training waited for it."""
+        log.info(
+            "step %d saved: %.1f MB in %.2f s, training waited %.3f s",
+            saved.step,
+            saved.bytes / 1e6,
+            saved.write_seconds,
+            saved.stall_seconds,
+        )
+        self.board.add_scalar("throughput/save_stall_seconds", saved.stall_seconds, saved.step)
+        self.board.add_scalar("throughput/save_seconds", saved.write_seconds, saved.step)
 
     def heldout(self, step: int, parts: dict[str, dict[str, float]]) -> None:
         """Report held-out losses (source -> loss name -> mean), also to `heldout.jsonl`."""

@@ -1,182 +1,424 @@
-"""Saving and restoring a running engine, bit for bit on the same layout.
+"""Saving and restoring a running engine: nothing is lost, and any layout goes on.
 
-Every rank writes its own weights, DeepSpeed's float32 masters and the optimizer's moments. No
-random state is needed: batches and initial weights are pure functions of the recipe, and
-dropout is one of the document and the position (`nn.noise`).
+Every rank writes what it holds and no other rank writes; a reader puts its own part together from
+the pieces (`checkpoint.pieces`), so tensor, pipeline, data ranks and ZeRO stage may change between
+two starts. On the same layout the numbers come back bit for bit. No random state is kept, because
+none is used: batches and initial weights are pure functions of the recipe, dropout and noise of
+the document and the position (`nn.noise`); a test holds that a step leaves torch's, numpy's and
+Python's generators alone.
+
+A save that fails (disk full, permission, quota) is dropped on all ranks and the run goes on;
+`FAILURES` in a row end it. In the background a save costs the run a copy to the host: one thread of
+each rank writes, at most one save is in flight, and it is committed at the next end of a step.
 """
 
 import logging
-from dataclasses import asdict
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mmtrain import __version__
 from mmtrain.checkpoint import store
-from mmtrain.checkpoint.manifest import Manifest, WeightEntry
-from mmtrain.checkpoint.portable import MEAN, WEIGHT
-from mmtrain.errors import ContentError
+from mmtrain.checkpoint.manifest import FileEntry, Manifest, WeightEntry
+from mmtrain.checkpoint.pieces import MASTER, MEAN, WEIGHT, Pieces, Place, key_of
+from mmtrain.errors import ContentError, StorageError
 from mmtrain.layout.plan import TensorPlan
 from mmtrain.parallel.build import canonical_parameters
-from mmtrain.train.ema import Ema, local_part
+from mmtrain.parallel.mesh import Mesh
+from mmtrain.train.ema import Ema
 from mmtrain.train.engine import Engine
+from mmtrain.train.held import Held, held, make_states, optimizer_steps
 from mmtrain.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
-
-def _masters(optimizer: Any) -> tuple[list[Tensor], bool]:
-    """The tensors the inner optimizer updates, in a fixed order; whether they are copies."""
-    for attribute in (
-        "fp32_partitioned_groups_flat",  # ZeRO-3
-        "single_partition_of_fp32_groups",  # ZeRO-1 and 2
-        "fp32_groups_flat_partition",  # bf16 without ZeRO
-    ):
-        if hasattr(optimizer, attribute):
-            return list(getattr(optimizer, attribute)), True
-    return [p for group in optimizer.param_groups for p in group["params"]], False
+FAILURES = 3  # saves that may fail in a row
 
 
-def _weights(engine: Engine) -> dict[str, Tensor]:
-    named = canonical_parameters(engine.named_layers())
-    return {WEIGHT + name: local_part(parameter) for name, parameter in named}
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where checkpoints go and what their manifests say.
 
-
-def _means(ema: Ema | None) -> dict[str, Tensor]:
-    return {} if ema is None else {MEAN + name: mean for name, mean in ema.means.items()}
-
-
-def _optimizer_state(engine: Engine) -> dict[str, Tensor]:
-    optimizer = engine.deepspeed.optimizer
-    inner = getattr(optimizer, "optimizer", optimizer)
-    out: dict[str, Tensor] = {}
-    masters, copies = _masters(optimizer)
-    for number, master in enumerate(masters):
-        if copies:  # else the weights themselves, saved by name
-            out[f"master/{number}"] = master.data
-        for key, value in inner.state[master].items():
-            out[f"moment/{number}/{key}"] = torch.as_tensor(value)
-    return out
-
-
-def save(
-    engine: Engine,
-    ema: Ema | None,
-    state: TrainState,
-    root: Path,
-    keep: int,
-    plan: TensorPlan,
-    shapes: dict[str, tuple[int, ...]],
-    recipe_hash: str,
-) -> Path:
-    """Commit a checkpoint of the current step; a collective over all ranks.
-
-    Args:
-        engine: what is saved.
-        ema: running means of its weights, saved too; None = there are none.
-        state: progress of the run.
+    Attributes:
         root: the run's `checkpoints` folder.
         keep: newest checkpoints kept.
+        keep_every_steps: checkpoints of multiples of this step are kept for ever; 0 = none.
         plan: the family's tensor plan.
         shapes: full shape of every parameter of the model.
         recipe_hash: of the resolved recipe.
     """
-    mesh = engine.mesh
-    if mesh.rank == 0:
-        store.begin(root, state.step)
-    mesh.barrier()
-    partial = store.folder_of(root, state.step).with_suffix(".partial")
-    tensors = _optimizer_state(engine)
-    weights = _weights(engine)
-    if mesh.data == 0 or mesh.dims.zero_stage == 3:
-        tensors.update(weights | _means(ema))
-    entry = store.write_part(partial, mesh.rank, tensors)
-    entries = {}
-    for key in weights:
-        name = key.removeprefix(WEIGHT)
-        cut = plan.slice_of(name)
-        entries[name] = WeightEntry(shapes[name], cut.dim if cut else None, mesh.pipeline)
-    gathered: list[Any] = [None] * mesh.dims.world_size
-    dist.all_gather_object(gathered, (entry, entries))
-    if mesh.rank == 0:
-        manifest = Manifest(
-            step=state.step,
-            dims=mesh.dims,
-            state=asdict(state),
-            recipe_hash=recipe_hash,
-            code_version=__version__,
-            weights={name: e for _, part in gathered for name, e in part.items()},
-            averaged=tuple(ema.means) if ema is not None else (),
-            files=dict(file for file, _ in gathered),
+
+    root: Path
+    keep: int
+    keep_every_steps: int
+    plan: TensorPlan
+    shapes: dict[str, tuple[int, ...]]
+    recipe_hash: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One save, as it is reported.
+
+    Attributes:
+        step: of the checkpoint.
+        stall_seconds: that training waited for.
+        write_seconds: from its begin to its commit.
+        bytes: of all files.
+    """
+
+    step: int
+    stall_seconds: float
+    write_seconds: float
+    bytes: int
+
+
+class _Writer:
+    """Writes one rank's part, now or in a thread."""
+
+    def __init__(self, write: Callable[[], tuple[str, FileEntry]]) -> None:
+        self._write = write
+        self._thread: threading.Thread | None = None
+        self.entry: tuple[str, FileEntry] | None = None
+        self.error = ""
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self.run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def run(self) -> None:
+        try:
+            self.entry = self._write()
+        except StorageError as error:
+            self.error = str(error)
+        except Exception as error:  # raised in a thread it would be lost
+            log.exception("writing a checkpoint")
+            self.error = f"{type(error).__name__}: {error}"
+
+    @property
+    def is_done(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A save that is being written."""
+
+    state: TrainState  # as it was
+    optimizer_steps: int
+    entries: dict[str, WeightEntry]
+    averaged: tuple[str, ...]
+    writer: _Writer
+    began: float
+    stalled: float
+
+
+class Saver:
+    """Commits checkpoints of one engine; every method is a collective over all ranks."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        ema: Ema | None,
+        target: Target,
+        background: bool,
+        report: Callable[[Saved], None] = lambda saved: None,
+    ) -> None:
+        """Nothing is written yet.
+
+        Args:
+            engine: what is saved.
+            ema: running means of its weights, saved too; None = there are none.
+            target: where to.
+            background: whether files are written while training goes on.
+            report: told of every committed save, on rank 0.
+        """
+        self.engine, self.ema, self.target, self.background = engine, ema, target, background
+        self.report = report
+        self.failures = 0  # in a row
+        self._flight: _Flight | None = None
+
+    def save(self, state: TrainState) -> None:
+        """Begin a checkpoint of the current step; without `background` also commit it.
+
+        Raises:
+            StorageError: too many saves in a row have failed.
+        """
+        began = time.perf_counter()
+        self.settle()
+        mesh, root = self.engine.mesh, self.target.root
+        reason = _attempt(mesh, lambda: store.begin(root, state.step))
+        if reason:
+            self._fail(state.step, reason)
+            return
+        partial = store.partial_of(root, state.step)
+        tensors = dict(self._written())
+        writer = _Writer(lambda: store.write_part(partial, mesh.rank, tensors))
+        flight = _Flight(
+            state=TrainState(**asdict(state)),
+            optimizer_steps=optimizer_steps(self.engine),
+            entries=self._entries(),
+            averaged=tuple(self.ema.means) if self.ema is not None else (),
+            writer=writer,
+            began=began,
+            stalled=time.perf_counter() - began,
         )
-        store.commit(root, manifest)
-        store.retain(root, keep)
-    mesh.barrier()
-    return store.folder_of(root, state.step)
+        self._flight = flight
+        if self.background:
+            writer.start()
+        else:
+            writer.run()
+            self.settle()
+
+    def poll(self) -> None:
+        """Commit what all ranks have written; called after every step.
+
+        Raises:
+            StorageError: too many saves in a row have failed.
+        """
+        if self._flight is None:
+            return
+        waiting = torch.tensor([0.0 if self._flight.writer.is_done else 1.0])
+        if self.engine.mesh.sum_over_world(waiting).item() == 0:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the save in flight and commit it.
+
+        Raises:
+            StorageError: too many saves in a row have failed.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        waited = time.perf_counter()
+        mesh, step = self.engine.mesh, flight.state.step
+        flight.writer.join()
+        seen = mesh.gather((flight.writer.entry, flight.entries, flight.writer.error))
+        reason = next((f"rank {r}: {error}" for r, (_, _, error) in enumerate(seen) if error), "")
+        if not reason:
+            files = dict(entry for entry, _, _ in seen if entry is not None)
+            manifest = self._manifest(flight, files, [entries for _, entries, _ in seen])
+            reason = _attempt(mesh, lambda: self._commit(manifest))
+        if reason:
+            self._fail(step, reason)
+            return
+        self.failures = 0
+        now = time.perf_counter()
+        if mesh.rank == 0:
+            total = sum(file.bytes for file in files.values())
+            stalled = now - flight.began if not self.background else flight.stalled + now - waited
+            self.report(Saved(step, stalled, now - flight.began, total))
+
+    def finish(self, step: int) -> Path:
+        """Wait for the save of `step`, without which the run must not end.
+
+        Raises:
+            StorageError: it was not committed.
+        """
+        self.settle()
+        if self.failures:
+            raise StorageError(
+                f"{store.folder_of(self.target.root, step)}: not saved; free space or mend the "
+                "folder's permissions and start again: the run goes on from its last checkpoint"
+            )
+        return store.folder_of(self.target.root, step)
+
+    def _written(self) -> Iterator[tuple[str, Tensor]]:
+        """What this rank writes, on the host: no number is written by two ranks.
+
+        What data ranks share is dealt out among them, in the order of names.
+        """
+        mesh = self.engine.mesh
+        turn = {name: n % mesh.dims.data for n, name in enumerate(sorted(self.target.shapes))}
+        single = {
+            name
+            for name, parameter in canonical_parameters(self.engine.named_layers())
+            if parameter.dtype == torch.float32
+        }
+        for part in held(self.engine, self.ema):
+            if part.kind == MASTER and part.name in single:  # equal to the weight
+                continue
+            if part.shared and turn[part.name] != mesh.data:
+                continue
+            if mesh.tensor and self.target.plan.slice_of(part.name) is None:
+                continue
+            if part.numbers.numel():
+                copy = part.numbers.to("cpu", copy=True)
+                yield key_of(part.kind, part.name, part.start), copy
+
+    def _entries(self) -> dict[str, WeightEntry]:
+        """Shape, cut and stage of this stage's parameters."""
+        entries = {}
+        for name, _ in canonical_parameters(self.engine.named_layers()):
+            cut = self.target.plan.slice_of(name)
+            stage = self.engine.mesh.pipeline
+            entries[name] = WeightEntry(self.target.shapes[name], cut.dim if cut else None, stage)
+        return entries
+
+    def _manifest(
+        self, flight: _Flight, files: dict[str, FileEntry], entries: list[dict[str, WeightEntry]]
+    ) -> Manifest:
+        return Manifest(
+            step=flight.state.step,
+            dims=self.engine.mesh.dims,
+            state=asdict(flight.state),
+            recipe_hash=self.target.recipe_hash,
+            code_version=__version__,
+            weights={name: entry for part in entries for name, entry in part.items()},
+            files=files,
+            optimizer_steps=flight.optimizer_steps,
+            averaged=flight.averaged,
+        )
+
+    def _commit(self, manifest: Manifest) -> None:
+        target = self.target
+        store.commit(target.root, manifest)
+        try:
+            store.retain(target.root, target.keep, target.keep_every_steps)
+        except StorageError as error:  # the new one is safe: not a failed save
+            log.warning("%s", error)
+
+    def _fail(self, step: int, reason: str) -> None:
+        """Drop a save on all ranks; they agree on the reason."""
+        self.failures += 1
+        mesh = self.engine.mesh
+        if mesh.rank == 0:
+            store.discard(self.target.root, step)
+            log.error(
+                "step %d not saved (%d in a row, %d end the run): %s",
+                step,
+                self.failures,
+                FAILURES,
+                reason,
+            )
+        if self.failures >= FAILURES:
+            raise StorageError(
+                f"{self.failures} saves in a row have failed; the last one: {reason}; free space "
+                "or mend the folder's permissions, then start again"
+            )
+
+
+def _attempt(mesh: Mesh, act: Callable[[], object]) -> str:
+    """Let rank 0 do something with files; every rank gets the reason why it failed, or ''."""
+    reason = ""
+    if mesh.rank == 0:
+        try:
+            act()
+        except StorageError as error:
+            reason = str(error)
+    return str(mesh.gather(reason)[0])
+
+
+# --- back ----------------------------------------------------------------------------------
+
+
+def newest_sound(root: Path, mesh: Mesh) -> Path | None:
+    """The newest checkpoint whose every file is what its manifest says; None when there is none.
+
+    A collective: each file is hashed by one rank. Damaged checkpoints are set aside with a warning.
+
+    Raises:
+        ContentError: there are checkpoints, and all of them are damaged.
+    """
+    candidates: list[Path] = mesh.gather(list(reversed(store.committed(root))))[0]
+    for folder in candidates:
+        wrong = [fault for part in mesh.gather(_own_faults(folder, mesh)) for fault in part]
+        if not wrong:
+            return folder
+        if mesh.rank == 0:
+            store.set_aside(folder, f"damaged, an earlier checkpoint is used: {wrong[0]}")
+    if not candidates:
+        return None
+    raise ContentError(
+        f"{root}: all of the {len(candidates)} checkpoint(s) are damaged, the newest: {wrong[0]}; "
+        "bring one back, or name another run to start from nothing"
+    )
+
+
+def _own_faults(folder: Path, mesh: Mesh) -> list[str]:
+    """What is wrong with this rank's share of a checkpoint's files."""
+    try:
+        files = sorted(Manifest.read(folder).files)
+    except (ContentError, OSError) as error:
+        return [str(error)]
+    share = files[mesh.rank :: mesh.dims.world_size]
+    return [str(fault) for fault in store.faults(folder, share)]
 
 
 def restore(engine: Engine, ema: Ema | None, folder: Path) -> TrainState:
-    """Load a checkpoint of the same layout into the engine; exact to the bit.
+    """Load a checkpoint of any layout into the engine; exact to the bit on the same one.
 
     Raises:
-        ContentError: another layout wrote it, or a tensor is missing or of another shape.
+        ContentError: the model is another one, or the files do not hold what they should.
     """
     mesh, manifest = engine.mesh, Manifest.read(folder)
+    _compare(engine, manifest, folder)
+    pieces = Pieces(folder, manifest)
+    make_states(engine, manifest.optimizer_steps)
     if manifest.dims != mesh.dims:
-        raise ContentError(
-            f"{folder}: written by {manifest.dims}, this run has {mesh.dims}; start with the "
-            "layout it was written by, or begin a new run from its weights with "
-            f"train.initialize_from={folder}"
-        )
-    saved = store.read_part(folder, mesh.rank, manifest)
-    owner = mesh.rank
-    if mesh.data != 0 and mesh.dims.zero_stage != 3:
-        owner = mesh.dims.rank((mesh.pipeline, 0, mesh.tensor))
-        twin = store.read_part(folder, owner, manifest)
-        saved.update({key: t for key, t in twin.items() if key.startswith((WEIGHT, MEAN))})
+        log.info("%s was written by %s; cut for %s", folder, manifest.dims, mesh.dims)
+    if ema is not None and not manifest.averaged:
+        log.info("%s holds no running means of the weights; they begin at its weights", folder)
     with torch.no_grad():
-        for key, held in _weights(engine).items():
-            _copy(saved, key, held, folder)
-        if ema is not None:
-            _restore_means(saved, ema, manifest, folder)
-        optimizer = engine.deepspeed.optimizer
-        inner = getattr(optimizer, "optimizer", optimizer)
-        masters, copies = _masters(optimizer)
-        for number, master in enumerate(masters):
-            if copies:
-                _copy(saved, f"master/{number}", master.data, folder)
-            prefix = f"moment/{number}/"
-            inner.state[master] = {
-                key.removeprefix(prefix): _place(tensor, master)
-                for key, tensor in saved.items()
-                if key.startswith(prefix)
-            }
+        for part in held(engine, ema):
+            _fill(part, pieces, mesh)
+    known = {field.name for field in fields(TrainState)}
+    if strange := set(manifest.state) - known:
+        raise ContentError(f"{folder}: state {sorted(strange)} is of a newer mmtrain; update it")
     return TrainState(**manifest.state)
 
 
-def _restore_means(saved: dict[str, Tensor], ema: Ema, manifest: Manifest, folder: Path) -> None:
-    """Running means; a run that keeps them from now on begins with the weights as they are."""
-    if not manifest.averaged:
-        log.info("%s holds no running means of the weights; they begin at its weights", folder)
-    for name, mean in ema.means.items():
-        key = (MEAN if manifest.averaged else WEIGHT) + name
-        _copy(saved, key, mean, folder)
+def _fill(part: Held, pieces: Pieces, mesh: Mesh) -> None:
+    count = part.numbers.numel()
+    if not count:
+        return
+    kind = part.kind
+    if not pieces.has(kind, part.name):
+        if kind not in (MEAN, MASTER):
+            part.numbers.zero_()  # a moment of a parameter that was not trained before
+            return
+        kind = WEIGHT
+    place = Place(mesh.tensor, mesh.dims.tensor, part.start, part.start + count)
+    part.numbers.copy_(pieces.read(kind, part.name, place))
 
 
-def _place(tensor: Tensor, master: Tensor) -> Tensor:
-    """Moments live beside their master; torch keeps the step count on the host."""
-    return tensor if tensor.dim() == 0 and not master.is_cuda else tensor.to(master.device)
+def _compare(engine: Engine, manifest: Manifest, folder: Path) -> None:
+    """Parameters of this rank against those of a checkpoint.
 
-
-def _copy(saved: dict[str, Tensor], key: str, into: Tensor, folder: Path) -> None:
-    found = saved.get(key)
-    if found is None or found.shape != into.shape:
-        shape = None if found is None else tuple(found.shape)
+    Raises:
+        ContentError: names or full shapes differ.
+    """
+    mesh = engine.mesh
+    faults = []
+    for name, parameter in canonical_parameters(engine.named_layers()):
+        entry = manifest.weights.get(name)
+        if entry is None:
+            like = get_close_matches(name, manifest.weights, 1)
+            hint = f", which has {like[0]}" if like else ""
+            faults.append(f"{name}: not in the checkpoint{hint}")
+            continue
+        shape = list(entry.shape)
+        if entry.dim is not None:
+            shape[entry.dim] = -(-shape[entry.dim] // mesh.dims.tensor)
+        found = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if found != tuple(shape):
+            faults.append(f"{name}: {tuple(shape)} in the checkpoint, {found} in the model")
+    if faults:
+        more = f"\n... and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise ContentError(
-            f"{folder}: {key} has shape {shape}, this run needs {tuple(into.shape)}; the model or "
-            "the optimizer groups of the recipe have changed since it was written"
+            f"{folder}: another model wrote it; the recipe's model section must be what it was "
+            "(or name a new run, and begin from these weights with train.initialize_from):\n"
+            + "\n".join(faults[:10])
+            + more
         )
-    into.copy_(found)

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from mmtrain.checkpoint import store
 from mmtrain.checkpoint.manifest import Manifest, WeightEntry
-from mmtrain.checkpoint.portable import WEIGHT
+from mmtrain.checkpoint.pieces import WEIGHT, key_of
 from mmtrain.cli import main
 from mmtrain.layout.dims import ParallelDims
 from mmtrain.models.census import take_census
@@ -52,7 +52,7 @@ def make_run_of(folder: Path, recipe: dict[str, Any]) -> dict[str, Tensor]:
     tensors = weights(folder / "recipe.yaml")
     partial = store.begin(folder / "checkpoints", 10)
     dims = ParallelDims(data=1, tensor=1, pipeline=1, zero_stage=1)
-    file = store.write_part(partial, 0, {WEIGHT + n: t for n, t in tensors.items()})
+    file = store.write_part(partial, 0, {key_of(WEIGHT, n): t for n, t in tensors.items()})
     manifest = Manifest(
         step=10,
         dims=dims,
