@@ -92,6 +92,15 @@ class Facts:
         costs = [f * p for f, p in zip(self.flops, self.passes, strict=True)]
         return given or balance(costs, self.recipe.parallel.pipeline)
 
+    def stages(self) -> dict[str, int]:
+        """Pipeline stage of every parameter."""
+        return {
+            name: stage
+            for stage, layers in enumerate(stage_ranges(len(self.census), self.bounds()))
+            for layer in layers
+            for name in self.census[layer].shapes
+        }
+
     def memory(self, stage: int, dims: ParallelDims) -> Memory:
         """Estimate for one rank of a stage."""
         layers = stage_ranges(len(self.census), self.bounds())[stage]

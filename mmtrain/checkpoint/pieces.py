@@ -66,6 +66,11 @@ class Pieces:
         """Whether any numbers of this kind are kept for a parameter."""
         return bool(self._runs(kind, name, 0))
 
+    def kinds_of(self, name: str) -> list[str]:
+        """What is kept for a parameter, sorted."""
+        stage = self.manifest.weights[name].stage
+        return sorted({kind for kind, kept in self._slice(stage, 0) if kept == name})
+
     def info(self, kind: str, name: str) -> TensorInfo:
         """Full shape, and number type as kept.
 
