@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +33,7 @@ from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.decoder.conditions import Samples
 from mmtrain.decoder.job import DecoderJob, look_at_pairs
-from mmtrain.errors import ExitCode
+from mmtrain.errors import ExitCode, StorageError
 from mmtrain.evaluate import session
 from mmtrain.facts import Facts, collect, positions_of_a_pack
 from mmtrain.initial import initial_weights
@@ -92,11 +93,10 @@ def train(recipe: Recipe) -> int:
     layout = recipe.parallel
     with open_mesh(_dims(recipe), layout.timeout_seconds) as mesh:
         logs.quiet_engines()
-        if mesh.rank == 0:
-            _open_folder(setting)
+        if reason := mesh.gather(_open_folder(setting) if mesh.rank == 0 else "")[0]:
+            raise StorageError(reason)
         engine = build_engine(setting, mesh)
         root = setting.folder / "checkpoints"
-        mesh.barrier()  # the folder is there
         ema = Ema(engine, recipe.train.ema) if recipe.train.ema else None
         found = newest_sound(root, mesh)
         state = restore(engine, ema, found) if found else TrainState()
@@ -136,10 +136,20 @@ def _loop_plan(recipe: Recipe) -> loop.Plan:
     )
 
 
-def _open_folder(setting: Setting) -> None:
-    setting.folder.mkdir(parents=True, exist_ok=True)
-    logs.add_file(setting.folder / "log.txt")
-    store.sweep(setting.folder / "checkpoints")
+def _open_folder(setting: Setting) -> str:
+    """Make the run's folder and tidy it; returns why it cannot be written, or ''."""
+    folder = setting.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        logs.add_file(folder / "log.txt")
+        root = folder / "checkpoints"
+        root.mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=root):
+            pass  # told now, not at the first save
+    except OSError as error:
+        return f"{folder}: cannot be written: {error}; mend it, or choose another with output="
+    store.sweep(root)
+    return ""
 
 
 def _write_recipe(setting: Setting, mesh: Mesh, state: TrainState) -> None:
