@@ -29,6 +29,7 @@ examples:
   mmtrain data shapes demo_data --documents 4000     make demo data
   mmtrain data chat llava.json chat --images coco    conversations as shards
   mmtrain check configs/emu/demo.yaml                all faults of a recipe, or its facts
+  mmtrain check runs/demo                            every byte of a run's checkpoints
   mmtrain plan configs/emu/14b_pretrain.yaml --world 128
   mmtrain train configs/emu/demo.yaml parallel.tensor=1 train.steps=100
   torchrun --nproc-per-node 2 -m mmtrain train configs/emu/demo.yaml
@@ -94,6 +95,13 @@ def _train(arguments: Arguments) -> int:
 
 
 def _check(arguments: Arguments) -> int:
+    if arguments.recipe.is_dir():
+        from mmtrain.checkpoint.audit import audit
+
+        if arguments.overrides or arguments.world is not None:
+            arguments.parser.error("KEY=VALUE and --world go with a recipe, not with a run folder")
+        audit(arguments.recipe)
+        return ExitCode.DONE
     from mmtrain.facts import describe
     from mmtrain.recipe import examine
 
@@ -203,15 +211,17 @@ def _convert(arguments: Arguments) -> int:
     return export_release(run, checkpoint, out, arguments.form, adapters)
 
 
-def _takes_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the YAML of the run")
+def _takes_recipe(
+    parser: argparse.ArgumentParser, name: str = "RECIPE", what: str = "the YAML of the run"
+) -> None:
+    parser.add_argument("recipe", type=Path, metavar=name, help=what)
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="override of a dotted key of the recipe"
     )
 
 
-def _takes_recipe_and_world(parser: argparse.ArgumentParser) -> None:
-    _takes_recipe(parser)
+def _takes_check(parser: argparse.ArgumentParser) -> None:
+    _takes_recipe(parser, "RECIPE|RUN", "the YAML of a run, or the folder of one")
     parser.add_argument(
         "--world", type=_positive, metavar="N", help="number of ranks the layout must fit"
     )
@@ -429,7 +439,7 @@ def _takes_convert(parser: argparse.ArgumentParser) -> None:
 
 COMMANDS = (
     Command("train", "train a recipe", _takes_recipe, _train),
-    Command("check", "all faults of a recipe, or its facts", _takes_recipe_and_world, _check),
+    Command("check", "all faults of a recipe, or its facts; or of a run", _takes_check, _check),
     Command("plan", "stages, memory and batch on N ranks", _takes_plan, _plan),
     Command("data shapes", "write demo data: coloured shapes", _takes_shapes, _data_shapes),
     Command("data index", "count tokens and images of shards", _takes_index, _data_index),

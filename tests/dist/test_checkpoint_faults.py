@@ -9,6 +9,7 @@ import pytest
 from world import TINY, World
 
 from mmtrain.checkpoint import store
+from mmtrain.cli import main
 
 SHORT = ("train.steps=8", "save.every_steps=2", "schedule.warmup_steps=2", "save.keep=2")
 QUIET = ("data.workers=0", "validate.every_steps=0", "log.images_every_steps=0")
@@ -163,6 +164,22 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
     assert reason in said
     assert (root / "step-00000008.damaged").is_dir()
     assert list(store.faults(root / "step-00000008")) == []
+
+
+def test_check_looks_at_every_byte_of_a_run(
+    world: World, copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = copied("checked")
+    assert main(["check", str(root.parent)]) == 0
+    assert capsys.readouterr().out.count("sound") == 2
+    damage_weights(root / "step-00000006")
+    assert main(["check", str(root.parent)]) == 65
+    said = capsys.readouterr()
+    assert "step-00000006" in said.out.splitlines()[0] and "damaged" in said.out.splitlines()[0]
+    assert "rank-00001.safetensors" in said.out
+    assert "1 of 2 checkpoint(s) damaged" in said.err
+    shutil.rmtree(root)
+    assert main(["check", str(root.parent)]) == 66
 
 
 def test_with_every_checkpoint_damaged_nothing_is_begun_and_nothing_touched(
