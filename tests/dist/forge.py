@@ -2,9 +2,10 @@
 
 Reads one JSON request a line (`folder`, `world`, `argv`, `env`, `log`), answers with the exit
 codes. Every rank calls `mmtrain.cli.main(argv)`, the function behind the `mmtrain` command, with the
-environment a launcher would give it.
+environment a launcher would give it; or the `main(argv)` of a module of this folder (`module`).
 """
 
+import importlib
 import json
 import os
 import socket
@@ -37,9 +38,8 @@ def become_rank(rank: int, request: dict[str, Any], port: int) -> None:
     )
     code = 1
     try:
-        from mmtrain.cli import main
-
-        code = int(main(request["argv"]))
+        module = importlib.import_module(request.get("module", "mmtrain.cli"))
+        code = int(module.main(request["argv"]))
     except SystemExit as leaving:
         code = int(leaving.code or 0)
     except BaseException:

@@ -48,10 +48,16 @@ class World:
         self.folder = folder
         self.forge = forge
 
-    def run(self, ranks: int, *argv: str, env: dict[str, str] | None = None) -> list[int]:
-        """Exit codes of one command on `ranks` ranks."""
+    def run(
+        self,
+        ranks: int,
+        *argv: str,
+        env: dict[str, str] | None = None,
+        module: str = "mmtrain.cli",
+    ) -> list[int]:
+        """Exit codes of one command on `ranks` ranks; `module` is another one's `main`."""
         log = self.folder / f"log-{len(list(self.folder.glob('log-*.0')))}"
-        request = {"folder": str(self.folder), "world": ranks, "argv": list(argv)}
+        request = {"folder": str(self.folder), "world": ranks, "argv": list(argv), "module": module}
         codes = self.forge.start(request | {"env": env or {}, "log": str(log)})
         self.last_log = "\n".join(
             Path(f"{log}.{rank}").read_text()[-4000:] for rank in range(ranks)
