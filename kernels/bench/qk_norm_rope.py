@@ -6,7 +6,6 @@ Writes qk_norm_rope.json and qk_norm_rope.md beside this file. Without a GPU not
 and nothing is written.
 """
 
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +18,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels import measure
-from mmtrain.nn.attention import DotProduct, PackedAttention
-from mmtrain.nn.masks import Intervals
-from mmtrain.nn.norm import RMSNorm
-from mmtrain.ops import select
 from mmtrain.ops.extension import load_kernels
 from mmtrain.ops.qk_norm_rope import Norm, Pairing, qk_norm_rope
 from mmtrain.ops.rotary import rotary_tables
@@ -160,37 +155,6 @@ def rows_of(shape: Shape, limits: measure.Ceilings) -> list[dict[str, object]]:
     return rows
 
 
-def block_gain() -> dict[str, object]:
-    """Attention of a LLaMA-7B block with QK-norm, forward and backward, both ways."""
-    tokens, width, heads = 8192, 4096, 32
-    with torch.device("cuda"):
-        norms = [RMSNorm(width // heads, 1e-6) for _ in range(2)]
-        module = PackedAttention(
-            width, heads, kv_heads=heads, q_norm=norms[0], k_norm=norms[1], similarity=DotProduct()
-        ).bfloat16()
-        x = torch.randn(tokens, width, dtype=torch.bfloat16)
-        rotary = rotary_tables(torch.arange(tokens) % 4096, width // heads, 1e4)
-        intervals = Intervals.causal_packed(torch.arange(tokens) // 4096)
-
-    def step() -> None:
-        module(x, rotary, intervals).sum().backward()
-
-    found = {}
-    for preference in (select.Preference.torch, select.Preference.cuda):
-        select.use(preference)
-        found[preference.value] = measure.time_of([step], repeats=50)
-    return {
-        "shape": "attention of a LLaMA-7B block, 2 x 4096 tokens",
-        "direction": "both",
-        "MB": math.nan,
-        "us": f"{found['cuda'].median:.0f} ({found['cuda'].low:.0f} to {found['cuda'].high:.0f})",
-        "GB/s": math.nan,
-        "of copy": math.nan,
-        "x eager": round(found["torch"].median / found["cuda"].median, 3),
-        "x torch.compile": math.nan,
-    }
-
-
 def targets(rows: list[dict[str, object]]) -> dict[str, bool]:
     """The targets and whether they are reached."""
     found = {}
@@ -223,7 +187,7 @@ def main() -> int:
         "qk_norm_rope",
         "K1 qk_norm_rope: norm of queries and keys with the rotary embedding, bfloat16",
         limits,
-        [*rows, block_gain()],
+        rows,
         targets(rows),
     )
     return 0

@@ -44,6 +44,7 @@ class Pairing(IntEnum):
 
 
 WIDTHS = range(32, 257, 8)  # head widths of the kernel
+MOST_HEADS = 1024  # of a token, in the kernel
 ELEMENTS = (torch.bfloat16, torch.float16, torch.float32)  # types of its queries and keys
 
 define(

@@ -48,6 +48,9 @@ class _Rotate(torch.autograd.Function):
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     wide = x.float()
     a, b = wide.chunk(2, -1)
+    if torch.compiler.is_compiling():  # traces no results in views (2.14), and fuses this anyway
+        sine = sign * sin
+        return torch.cat([a * cos - b * sine, b * cos + a * sine], -1).to(x.dtype)
     out = torch.empty(wide.shape, dtype=wide.dtype, device=wide.device)
     first, second = out.chunk(2, -1)
     torch.mul(a, cos, out=first).addcmul_(b, sin, value=-sign)

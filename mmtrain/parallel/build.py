@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmtrain.layout.plan import TensorPlan
-from mmtrain.nn.attention import PackedAttention
+from mmtrain.nn.attention import HeadAttention
 from mmtrain.nn.flow import Flow
 from mmtrain.parallel.mesh import Mesh
 from mmtrain.parallel.shard import (
@@ -115,7 +115,7 @@ class Partitioned(nn.Module):
         for parameter in inner.parameters(recurse=False):
             deepspeed.zero.register_external_parameter(self, parameter)
         for module in inner.modules():
-            if isinstance(module, PackedAttention):  # it may read them without calling the norms
+            if isinstance(module, HeadAttention):  # it may read them without calling the norms
                 for parameter in module.read_directly():
                     deepspeed.zero.register_external_parameter(module, parameter)
 

@@ -231,7 +231,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the moments")
     options = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import torch
+
     import mmtrain.run  # noqa: F401 the heavy import, once
+
+    torch.set_num_threads(1)  # ranks share the cores
 
     layouts = options.layout or list(LAYOUTS)
     faults = 0

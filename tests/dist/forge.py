@@ -2,9 +2,9 @@
 
 Reads one JSON request a line (`folder`, `world`, `argv`, `env`, `log`), answers with the exit
 codes. Every rank calls `mmtrain.cli.main(argv)`, the function behind the `mmtrain` command, with the
-environment a launcher would give it. A request may hold `patch`, as in `module:function:word`: that
-function of a module of this folder is called with the rank and the word first, to make something
-fail that does not fail by itself.
+environment a launcher would give it; or the `main(argv)` of a module of this folder (`module`). A
+request may hold `patch`, as in `module:function:word`: that function of a module of this folder is
+called with the rank and the word first, to make something fail that does not fail by itself.
 """
 
 import importlib
@@ -40,12 +40,11 @@ def become_rank(rank: int, request: dict[str, Any], port: int) -> None:
     )
     code = 1
     try:
-        from mmtrain.cli import main
-
         if request.get("patch"):
             module, function, word = request["patch"].split(":", 2)
             getattr(importlib.import_module(module), function)(rank, word)
-        code = int(main(request["argv"]))
+        command = importlib.import_module(request.get("module", "mmtrain.cli"))
+        code = int(command.main(request["argv"]))
     except SystemExit as leaving:
         code = int(leaving.code or 0)
     except BaseException:

@@ -49,11 +49,16 @@ class World:
         self.forge = forge
 
     def run(
-        self, ranks: int, *argv: str, env: dict[str, str] | None = None, patch: str = ""
+        self,
+        ranks: int,
+        *argv: str,
+        env: dict[str, str] | None = None,
+        patch: str = "",
+        module: str = "mmtrain.cli",
     ) -> list[int]:
-        """Exit codes of one command on `ranks` ranks; `patch` is the forge's."""
+        """Exit codes of one command on `ranks` ranks; `patch` and `module` are the forge's."""
         log = self.folder / f"log-{len(list(self.folder.glob('log-*.0')))}"
-        request = {"folder": str(self.folder), "world": ranks, "argv": list(argv)}
+        request = {"folder": str(self.folder), "world": ranks, "argv": list(argv), "module": module}
         codes = self.forge.start(request | {"env": env or {}, "log": str(log), "patch": patch})
         self.last_log = "\n".join(
             Path(f"{log}.{rank}").read_text()[-4000:] for rank in range(ranks)

@@ -45,3 +45,16 @@ def test_bfloat16_rows_are_turned_in_float32() -> None:
     x = torch.randn(4, 2, 8).bfloat16()
     tables = rotary_tables(torch.arange(4) + 1000, 8, 10000.0)
     assert torch.equal(rotate(x, *tables), rotate(x.float(), *tables).bfloat16())
+
+
+def test_compilers_trace_it_in_one_piece() -> None:
+    x, upstream = torch.randn(2, 5, 3, 8)
+    x.requires_grad_()
+    tables = rotary_tables(torch.arange(5), 8, 100.0)
+    traced = torch.compile(rotate, fullgraph=True, backend="aot_eager")
+    for way in (rotate, traced):
+        out = way(x, *tables)
+        (gradient,) = torch.autograd.grad(out, x, upstream)
+        if way is rotate:
+            wanted = out, gradient
+    torch.testing.assert_close((out, gradient), wanted)
