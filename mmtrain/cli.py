@@ -6,6 +6,7 @@ handlers before them.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from mmtrain import __version__, log
 from mmtrain.errors import ExitCode, MmtrainError, RecipeError
 from mmtrain.layout.ranks import launched
+from mmtrain.process import die_with_parent
 
 Arguments = argparse.Namespace
 
@@ -81,17 +83,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: Arguments) -> int:
+    from mmtrain.train.signals import Listener
+
+    place = launched(os.environ)
+    if place.by_launcher:  # else by a shell, which may end while training goes on
+        die_with_parent()
+    listener = Listener()
     from mmtrain.recipe import load
 
-    recipe = load(arguments.recipe, arguments.overrides, launched(os.environ).world_size)
+    recipe = load(arguments.recipe, arguments.overrides, place.world_size)
+    listener.stop_before_limit(os.environ, recipe.watch.stop_before_limit_seconds)
     log.quiet_imports()
     import torch
 
     if not torch.cuda.is_available():  # DeepSpeed guesses at its import, and warns
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from mmtrain.run import train
+    from mmtrain.train.watch import Watch, budgets_of
 
-    return train(recipe)
+    watch = Watch(Path(recipe.output) / recipe.name, place, budgets_of(recipe), listener)
+    with contextlib.closing(watch), watch.reporting():
+        return train(recipe, watch)
 
 
 def _check(arguments: Arguments) -> int:
