@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup demo emu emu-data emu-pretrain emu-decoder emu-instruct emu-evaluate test \
-	test-all lint format gpu-test gpu-bench clean-demo
+	test-all chaos lint format gpu-test gpu-bench clean-demo
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # DeepSpeed's compiled helper: kept in the project, because a stale lock in a shared folder hangs
@@ -89,6 +89,9 @@ test: setup ## the CPU test suite
 
 test-all: setup ## the CPU test suite with the slow tests
 	@python -m pytest -m "not gpu"
+
+chaos: setup ## kill ranks at 200 random moments and look at what is left
+	@python tests/dist/chaos.py $(CHAOS)
 
 lint: setup ## style, types and import floors
 	@ruff check .
