@@ -65,7 +65,8 @@ def _kill_workers() -> None:
 class OuterLauncher:
     """The first of the two processes of the deepspeed launcher, which start each other.
 
-    Killed, it leaves the second one and its ranks behind.
+    Ended by a signal, it leaves the second one and its ranks behind: on one node it passes none on
+    (deepspeed 0.19.8, launcher/runner.py, line 630).
     """
 
     def __init__(self) -> None:
