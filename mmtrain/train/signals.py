@@ -106,7 +106,7 @@ class Listener:
 
     def _stop(self, reason: str) -> None:
         self.reason = reason
-        log.warning("%s: the step is finished and saved, then the run ends", reason)
+        log.info("%s: the step is finished and saved, then the run ends", reason)
         os.kill(os.getpid(), signal.SIGUSR1)  # breaks off what may be broken off
 
     def _take(self, number: int) -> None:
@@ -117,7 +117,7 @@ class Listener:
         name = signal.Signals(number).name
         if not self.reason:
             self.reason = name
-            log.warning("%s: the step is finished and saved, then the run ends", name)
+            log.info("%s: the step is finished and saved, then the run ends", name)
         if number in _URGENT and monotonic() - self._counted >= _BURST_SECONDS:
             self._counted = monotonic()
             self._urgent += 1
