@@ -6,6 +6,7 @@ handlers before them.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from mmtrain import __version__, log
 from mmtrain.errors import ExitCode, MmtrainError, RecipeError
 from mmtrain.layout.ranks import launched
+from mmtrain.process import die_with_parent
 
 Arguments = argparse.Namespace
 
@@ -40,6 +42,20 @@ examples:
 exit codes: 0 done; 2 recipe or command wrong, nothing written; 65 content invalid;
 66 input missing; 70 bug; 74 storage; 75 peer failed; 85 stopped on request; 86 hang;
 87 non-finite numbers; 88 replicas differ; 93 no progress. Worth a retry: 74 75 85 86 88.
+RUN/verdict.json keeps the code and the reason where a launcher loses them.
+"""
+
+
+_TRAIN_EPILOG = """\
+The same command goes on from the newest sound checkpoint of the run.
+
+SIGTERM, SIGINT or SIGUSR1 to any rank, or the time limit of the Slurm job
+(watch.stop_before_limit_seconds before it): finish the step, save, exit 85.
+A third SIGTERM or SIGINT: leave at once, exit 130. SIGUSR2: write the stacks of
+all threads to RUN/stacks and go on.
+No progress for watch.stall_seconds: stacks of every rank, exit 86. A dead rank:
+the others exit 75. A second run in the folder: exit 75. Three attempts that saved
+nothing: exit 93. RUN/verdict.json says why the last attempt ended.
 """
 
 
@@ -52,12 +68,14 @@ class Command:
         summary: one line for the list.
         declare: adds the arguments.
         handle: does it; returns the exit code.
+        epilog: stands below the options in its help.
     """
 
     name: str
     summary: str
     declare: Callable[[argparse.ArgumentParser], None]
     handle: Callable[[Arguments], int]
+    epilog: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,17 +99,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: Arguments) -> int:
+    from mmtrain.train.signals import Listener
+
+    place = launched(os.environ)
+    if place.by_launcher:  # else by a shell, which may end while training goes on
+        die_with_parent()
+    listener = Listener()
     from mmtrain.recipe import load
 
-    recipe = load(arguments.recipe, arguments.overrides, launched(os.environ).world_size)
+    recipe = load(arguments.recipe, arguments.overrides, place.world_size)
+    listener.stop_before_limit(os.environ, recipe.watch.stop_before_limit_seconds)
     log.quiet_imports()
     import torch
 
     if not torch.cuda.is_available():  # DeepSpeed guesses at its import, and warns
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from mmtrain.run import train
+    from mmtrain.train.watch import Watch, budgets_of
 
-    return train(recipe)
+    watch = Watch(Path(recipe.output) / recipe.name, place, budgets_of(recipe), listener)
+    with contextlib.closing(watch), watch.reporting():
+        return train(recipe, watch)
 
 
 def _check(arguments: Arguments) -> int:
@@ -438,7 +466,7 @@ def _takes_convert(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = (
-    Command("train", "train a recipe", _takes_recipe, _train),
+    Command("train", "train a recipe", _takes_recipe, _train, _TRAIN_EPILOG),
     Command("check", "all faults of a recipe, or its facts; or of a run", _takes_check, _check),
     Command("plan", "stages, memory and batch on N ranks", _takes_plan, _plan),
     Command("data shapes", "write demo data: coloured shapes", _takes_shapes, _data_shapes),
@@ -468,7 +496,11 @@ def _parser() -> argparse.ArgumentParser:
             inner = groups[""].add_parser(group, help=_group_summary(group))
             groups[group] = inner.add_subparsers(title="commands", metavar="COMMAND", required=True)
         made = groups[group].add_parser(
-            word, help=command.summary, description=command.summary.capitalize() + "."
+            word,
+            help=command.summary,
+            description=command.summary.capitalize() + ".",
+            epilog=command.epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.declare(made)
         made.set_defaults(handle=command.handle, parser=made)

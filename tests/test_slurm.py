@@ -70,7 +70,7 @@ def test_faults_of_the_machine_are_tried_again(tmp_path: Path, code: int) -> Non
     assert (got, calls) == (code, "requeue 20007\n")
 
 
-@pytest.mark.parametrize("code", [2, 87])
+@pytest.mark.parametrize("code", [2, 87, 93])
 def test_faults_that_would_come_back_end_the_job(tmp_path: Path, code: int) -> None:
     got, _, calls = play(tmp_path, failing(code), "my.yaml")
     assert (got, calls) == (code, "")
