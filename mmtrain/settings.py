@@ -237,6 +237,27 @@ class SaveConfig:
     background: bool = True  # write while training goes on; the host holds one copy
 
 
+class Spike(Enum):
+    """What is done about a loss far above those before it."""
+
+    off = "off"
+    skip = "skip"  # the optimizer step is not made; the loss is summed over ranks before it
+    rewind = "rewind"  # back to the newest checkpoint, on with the data after the spike
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """What a run looks after by itself."""
+
+    nonfinite_steps: int = 3  # steps in a row without finite numbers, then a rollback
+    rollbacks: int = 1  # to the same checkpoint, before the run gives up (exit 87)
+    spike: Spike = Spike.off
+    spike_window: int = 128  # finite losses that a loss is compared with
+    spike_score: float = 10.0  # distance from their median, in their spread, that is a spike
+    replicas_every_steps: int = 500  # weights that ranks hold alike are compared; 0 = never
+    slow_rank: float = 1.3  # times the median of its peers; a slower rank is named; 0 = never
+
+
 class Condition(Enum):
     """What the visual decoder is told a picture by."""
 
@@ -352,4 +373,5 @@ class Recipe:
     log: LogConfig = field(default_factory=LogConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -11,6 +11,7 @@ from mmtrain.data.batch import Batch
 from mmtrain.settings import LogConfig, SaveConfig, ScheduleConfig, ValidateConfig
 from mmtrain.train.ema import Ema
 from mmtrain.train.engine import Engine
+from mmtrain.train.guard import Guard
 from mmtrain.train.metrics import Reporter
 from mmtrain.train.optim import rate_factor
 from mmtrain.train.save import Saver
@@ -61,6 +62,7 @@ class Parts:
             draws nothing while training.
         save: begins a checkpoint of a state; a collective.
         saver: commits it.
+        guard: looks after the numbers of every step.
         evaluate: asks a checkpoint the tasks of the recipe; a collective; None when it is not due
             while training.
     """
@@ -72,6 +74,7 @@ class Parts:
     draw: Callable[[Step], Image] | None
     save: Callable[[TrainState], None]
     saver: Saver
+    guard: Guard
     evaluate: Callable[[Path], None] | None = None
     ema: Ema | None = None
     sketch: Callable[[int], Image | None] | None = None
@@ -84,6 +87,7 @@ def run(parts: Parts, plan: Plan, state: TrainState) -> TrainState:
     """
     engine, reporter = parts.engine, parts.reporter
     saved = state.step
+    owed = False  # a checkpoint, which waits for a good step
     while state.step < plan.steps:
         asked = perf_counter()
         batches = next(parts.batches) if parts.batches is not None else None
@@ -94,13 +98,17 @@ def run(parts: Parts, plan: Plan, state: TrainState) -> TrainState:
         report = engine.train_step(batches, factor)
         report = replace(report, seconds=report.seconds + waited, data_seconds=waited)
         state.advance(report)
-        if parts.ema is not None:
+        if parts.ema is not None and report.skipped is None:
             parts.ema.update(number)
         if reporter is not None:
             rates = {g["label"]: g["lr"] for g in engine.deepspeed.optimizer.param_groups}
             reporter.step(number, report, rates, plan.log.every_steps)
             if parts.draw is not None and _due(number, plan.log.images_every_steps) and batches:
                 reporter.picture(number, "packs", parts.draw(batches))
+        back = parts.guard.look(state, report, batches)
+        if back is not None:
+            state, saved, owed = back, back.step, False
+            continue
         if parts.sketch is not None and _due(number, plan.log.images_every_steps):
             picture = parts.sketch(number)
             if reporter is not None and picture is not None:
@@ -111,12 +119,15 @@ def run(parts: Parts, plan: Plan, state: TrainState) -> TrainState:
             _due(number, plan.evaluate_every_steps) or number == plan.steps
         )
         parts.saver.poll()
-        if _due(number, plan.saving.every_steps) or evaluates:
+        owed = owed or evaluates or _due(number, plan.saving.every_steps)
+        if owed and (parts.guard.is_settled or number == plan.steps):
+            parts.guard.compare(number)
             parts.save(state)
-            saved = number
-        if parts.evaluate is not None and evaluates:
+            saved, owed = number, False
+        if parts.evaluate is not None and evaluates and saved == number:
             parts.evaluate(parts.saver.finish(number))
     if saved != state.step:
+        parts.guard.compare(state.step)
         parts.save(state)
     parts.saver.finish(state.step)
     return state
