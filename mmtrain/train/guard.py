@@ -54,6 +54,7 @@ class Guard:
         self._spikes = SpikeJudge(config.spike_window, config.spike_score, config.nonfinite_steps)
         self._bad_row = 0  # steps without finite numbers, up to here
         self._bad = 0  # in this process
+        self._compared = -1  # step after which replicas were last compared
         self._used: tuple[Path | None, int] = (None, 0)  # checkpoint gone back to, how often
         if config.spike is Spike.skip:
             self._engine.norms.admits = self._admits
@@ -69,7 +70,8 @@ class Guard:
         Raises:
             DivergedError: they differ.
         """
-        if self._config.replicas_every_steps:
+        if self._config.replicas_every_steps and step != self._compared:
+            self._compared = step
             self._replicas.compare(step)
 
     def look(
@@ -103,7 +105,7 @@ class Guard:
             return self._rewind(state, report)
         every = self._config.replicas_every_steps
         if every and step % every == 0:
-            self._replicas.compare(step)
+            self.compare(step)
         return None
 
     def _admits(self) -> bool:

@@ -6,10 +6,10 @@ done here. Norms per layer are read from the engine's own gradient storage in th
 the last reduction and the optimizer step.
 
 A step whose norm is not finite is not made, on all ranks alike, because the norm is one number of
-all ranks: DeepSpeed's optimizers drop their gradients by themselves and set `overflow` (0.19.8,
-`step` of runtime/zero/stage_1_and_2.py, stage3.py and bf16_optimizer.py), torch's is not called. A
-step is refused for other reasons by making one gradient NaN. Where DeepSpeed throws gradients away,
-they are looked at first.
+all ranks: DeepSpeed's optimizers drop their gradients by `zero_grad` and set `overflow` (0.19.8,
+`step` of runtime/zero/stage_1_and_2.py and stage3.py, and of fp16/ for bf16 without ZeRO), torch's
+is not called. A step is refused for other reasons by making one gradient NaN. Gradients that are to
+be dropped are looked at first.
 """
 
 import math
@@ -48,9 +48,8 @@ class GradientNorms:
         self._stepping = False
         self._step = engine.optimizer.step
         engine.optimizer.step = self._measured_step
-        for name in ("zero_grad", "clear_hp_grads"):  # where a refused step's gradients go
-            if hasattr(engine.optimizer, "overflow") and hasattr(engine.optimizer, name):
-                setattr(engine.optimizer, name, self._looking(getattr(engine.optimizer, name)))
+        if hasattr(engine.optimizer, "overflow"):
+            engine.optimizer.zero_grad = self._looking(engine.optimizer.zero_grad)
 
     @property
     def total(self) -> float:
@@ -125,16 +124,13 @@ class GradientNorms:
 
     def _squares(self) -> dict[str, float]:
         """Squared norm per layer over all ranks, in the order of the model."""
-        local: dict[str, float] = {}
+        local = dict.fromkeys(self.layers.values(), 0.0)
         for parameter, gradient, copies in self._gradients():
             layer = self.layers.get(id(parameter))
             if layer is None:  # a filler of an empty optimizer group
                 continue
             if gradient is not None and self._counts(parameter):
-                square = sum_of_squares([gradient]) / copies
-                local[layer] = local.get(layer, 0.0) + square
-            else:
-                local.setdefault(layer, 0.0)
+                local[layer] += sum_of_squares([gradient]) / copies
         out: dict[str, float] = {}
         for part in self.mesh.gather(local):
             for layer, square in part.items():

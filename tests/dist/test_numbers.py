@@ -19,6 +19,7 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "dp2-zero3": (2, 1, ("parallel.zero_stage=3",)),
     "tp2": (2, 0, ("parallel.tensor=2",)),
     "pp2": (2, 1, ("parallel.pipeline=2",)),
+    "tp2-zero3": (2, 0, ("parallel.tensor=2", "parallel.zero_stage=3")),
     "tp2-pp2": (4, 2, ("parallel.tensor=2", "parallel.pipeline=2")),
 }
 BF16 = ("one-rank", "dp2-zero0", "dp2-zero2", "dp2-zero3", "pp2")
@@ -93,7 +94,7 @@ def test_a_bad_step_changes_nothing_and_the_next_one_learns(
         (3, "skipped", 2),
         (5, "skipped", 4),
     ]
-    assert "stem" in events[1]["layers"][0] or events[1]["layers"]
+    assert len(events[0]["layers"]) > 1 and events[1]["layers"] == events[0]["layers"][:1]
     assert 0 < len(events[0]["samples"]) <= len(events[1]["samples"])
     assert events[0]["samples"][0] in text(world, name)
 
@@ -103,10 +104,15 @@ def test_a_bad_step_changes_nothing_and_the_next_one_learns(
     assert steps[4]["loss"] == pytest.approx(wanted[4]["loss"], rel=tolerance)
 
 
-BACK = ("train.steps=12", "save.every_steps=4", "watch.nonfinite_steps=2")
+BACK = (
+    "train.steps=12",
+    "save.every_steps=4",
+    "watch.nonfinite_steps=2",
+    "schedule.decay=constant",
+)
 
 
-@pytest.mark.parametrize("layout", ["one-rank", "dp2-zero3", "pp2"])
+@pytest.mark.parametrize("layout", ["dp2-zero3", "pp2"])
 def test_bad_steps_in_a_row_go_back_and_leave_their_batches_out(world: World, layout: str) -> None:
     """Batches 6 and 7 are bad: from the checkpoint of step 4 on, step 5 reads batch 8."""
     ranks, rank, overrides = LAYOUTS[layout]
@@ -179,12 +185,24 @@ def test_a_spike_is_rewound_and_its_batches_left_out(world: World) -> None:
     assert max(line["loss"] for line in steps) == steps[0]["loss"]
 
 
-@pytest.mark.parametrize("layout", ["one-rank", "dp2-zero0", "dp2-zero2", "dp2-zero3", "pp2"])
-def test_a_spike_is_skipped_before_it_is_learnt(world: World, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [
+        ("one-rank", "fp32"),
+        ("dp2-zero0", "bf16"),
+        ("dp2-zero1", "fp32"),
+        ("dp2-zero3", "fp32"),
+        ("pp2", "bf16"),
+    ],
+)
+def test_a_spike_is_skipped_before_it_is_learnt(
+    world: World, layout: str, precision: str
+) -> None:
     ranks, _, overrides = LAYOUTS[layout]
     name = f"spike-{layout}"
     last = ("train.steps=9", "save.every_steps=8", "watch.spike=skip", "watch.spike_window=8")
-    codes = spoilt(world, name, ranks, "hundredfold_loss:9", *last, *overrides)
+    kind = f"train.precision={precision}"
+    codes = spoilt(world, name, ranks, "hundredfold_loss:9", *last, kind, *overrides)
     assert codes == [0] * ranks, world.last_log
     (event,) = lines(world, name, "events.jsonl")
     assert (event["step"], event["reason"]) == (9, "spike")
@@ -193,10 +211,10 @@ def test_a_spike_is_skipped_before_it_is_learnt(world: World, layout: str) -> No
 
 
 def test_off_means_that_spikes_are_learnt(world: World) -> None:
-    codes = spoilt(world, "off", 1, "hundredfold_loss:9", *SPIKES, "watch.spike=off")
+    codes = spoilt(world, "learnt", 1, "hundredfold_loss:9", *SPIKES, "watch.spike=off")
     assert codes == [0], world.last_log
-    assert not (world.folder / "runs/off/events.jsonl").exists()
-    assert len(lines(world, "off", "metrics.jsonl")) == 14
+    assert not (world.folder / "runs/learnt/events.jsonl").exists()
+    assert len(lines(world, "learnt", "metrics.jsonl")) == 14
 
 
 @pytest.mark.parametrize(
@@ -204,7 +222,8 @@ def test_off_means_that_spikes_are_learnt(world: World) -> None:
     [
         ("dp2-zero0", 1, "blocks.1.mlp.down.weight", "data"),
         ("dp2-zero1", 0, "blocks.1.mlp.down.weight", "data"),
-        ("tp2", 1, "blocks.1.mlp_norm.weight", "tensor"),
+        ("tp2", 1, "blocks.1.norm2.weight", "tensor"),
+        ("tp2-zero3", 1, "blocks.1.norm2.weight", "tensor"),
         ("tp2-pp2", 3, "head.norm.weight", "tensor"),
     ],
 )
@@ -220,16 +239,14 @@ def test_a_flipped_bit_is_found_before_it_is_saved(
     assert store.committed(world.folder / "runs" / run / "checkpoints") == []
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one-rank"])
-def test_replicas_of_a_healthy_run_are_the_same_to_the_last_bit(world: World, layout: str) -> None:
-    ranks, _, overrides = LAYOUTS[layout]
-    every = ("train.steps=4", "watch.replicas_every_steps=1")
-    sequence = ("parallel.sequence=true",) if layout.startswith("tp2") else ()
-    world.train(f"same-{layout}", ranks, *SHORT, *every, *overrides, *sequence)
+def test_replicas_are_the_same_to_the_last_bit_under_sequence_parallelism(world: World) -> None:
+    """The other layouts are compared at every save of the first test."""
+    every = ("train.steps=4", "watch.replicas_every_steps=1", "parallel.sequence=true")
+    world.train("same", 4, *SHORT, *every, "parallel.tensor=2")
 
 
 def test_a_slow_rank_is_named_once(world: World) -> None:
-    short = ("train.steps=102", "train.global_batch_packs=2", "data.pack_tokens=64")
+    short = ("train.steps=102", "train.global_batch_packs=2")
     assert spoilt(world, "slow", 2, "slow_forward:1 50", *short, "train.ema=0") == [0, 0]
     told = [line for line in text(world, "slow").splitlines() if "is slow" in line]
     assert len(told) == 1 and "rank 1 on " in told[0]
