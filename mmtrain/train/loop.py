@@ -87,7 +87,7 @@ def run(parts: Parts, plan: Plan, state: TrainState) -> TrainState:
     """
     engine, reporter = parts.engine, parts.reporter
     saved = state.step
-    owed = False  # a checkpoint, which waits for a good step
+    owed = evaluates = False  # a checkpoint, also to be asked; both wait for a good step
     while state.step < plan.steps:
         asked = perf_counter()
         batches = next(parts.batches) if parts.batches is not None else None
@@ -107,7 +107,7 @@ def run(parts: Parts, plan: Plan, state: TrainState) -> TrainState:
                 reporter.picture(number, "packs", parts.draw(batches))
         back = parts.guard.look(state, report, batches)
         if back is not None:
-            state, saved, owed = back, back.step, False
+            state, saved, owed, evaluates = back, back.step, False, False
             continue
         if parts.sketch is not None and _due(number, plan.log.images_every_steps):
             picture = parts.sketch(number)
@@ -115,17 +115,17 @@ def run(parts: Parts, plan: Plan, state: TrainState) -> TrainState:
                 reporter.picture(number, "samples", picture)
         if parts.heldout and _due(number, plan.validate.every_steps):
             validate(parts, number)
-        evaluates = parts.evaluate is not None and (
-            _due(number, plan.evaluate_every_steps) or number == plan.steps
-        )
+        if parts.evaluate is not None:
+            last = number == plan.steps
+            evaluates = evaluates or last or _due(number, plan.evaluate_every_steps)
         parts.saver.poll()
         owed = owed or evaluates or _due(number, plan.saving.every_steps)
         if owed and (parts.guard.is_settled or number == plan.steps):
             parts.guard.compare(number)
             parts.save(state)
-            saved, owed = number, False
-        if parts.evaluate is not None and evaluates and saved == number:
-            parts.evaluate(parts.saver.finish(number))
+            if parts.evaluate is not None and evaluates:
+                parts.evaluate(parts.saver.finish(number))
+            saved, owed, evaluates = number, False, False
     if saved != state.step:
         parts.guard.compare(state.step)
         parts.save(state)

@@ -198,7 +198,7 @@ class Reporter:
             f"{name}/{source}": v for source, means in parts.items() for name, v in means.items()
         }
         with (self.folder / "heldout.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **line}) + "\n")
+            file.write(strict_json({"step": step, **line}) + "\n")
         for key, value in line.items():
             self.board.add_scalar(f"heldout/{key}", value, step)
         log.info("step %d held out: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in line.items()))

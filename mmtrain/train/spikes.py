@@ -5,7 +5,7 @@ deviation, the standard deviation of a normal distribution (Rousseeuw and Croux 
 1 % of the median, so that on a flat curve a rise below a tenth is no spike at a score of 10. Both
 stand up to half the window being spikes. Only rises count.
 
-Cost: two sorts of the window a step, 20 us for 128 losses.
+Cost: two sorts of the window a step, 11 us for 128 losses.
 """
 
 import math
