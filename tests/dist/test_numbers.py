@@ -248,5 +248,5 @@ def test_replicas_are_the_same_to_the_last_bit_under_sequence_parallelism(world:
 def test_a_slow_rank_is_named_once(world: World) -> None:
     short = ("train.steps=102", "train.global_batch_packs=2")
     assert spoilt(world, "slow", 2, "slow_forward:1 50", *short, "train.ema=0") == [0, 0]
-    told = [line for line in text(world, "slow").splitlines() if "is slow" in line]
+    told = [line for line in text(world, "slow").splitlines() if " is slow: " in line]
     assert len(told) == 1 and "rank 1 on " in told[0]
