@@ -71,3 +71,15 @@ class StorageError(MmtrainError):
     """Writing or reading failed: disk full, permission, I/O."""
 
     exit_code = ExitCode.STORAGE
+
+
+class NumbersError(MmtrainError):
+    """Losses or gradients stay non-finite; the last good checkpoint is whole."""
+
+    exit_code = ExitCode.NUMBERS
+
+
+class DivergedError(MmtrainError):
+    """Ranks that must hold the same weights do not."""
+
+    exit_code = ExitCode.DIVERGED

@@ -48,6 +48,10 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("watch.setup_seconds", 0, math.inf),
     ("watch.save_seconds", 0, math.inf),
     ("watch.stop_before_limit_seconds", 0, math.inf),
+    ("watch.nonfinite_steps", 1, math.inf),
+    ("watch.rollbacks", 0, math.inf),
+    ("watch.spike_window", 8, math.inf),
+    ("watch.replicas_every_steps", 0, math.inf),
 )
 
 
@@ -99,6 +103,13 @@ def _numbers(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(
                 join("optimizer.learning_rates", pattern), f"found {rate}; allowed: 0 or more"
             )
+    watch = recipe.watch
+    if not watch.spike_score > 0:
+        yield Problem("watch.spike_score", f"found {watch.spike_score}; allowed: above 0, as in 10")
+    if watch.slow_rank != 0 and not watch.slow_rank > 1:
+        yield Problem(
+            "watch.slow_rank", f"found {watch.slow_rank}; allowed: above 1, as in 1.3; 0 = never"
+        )
     if not 0 <= recipe.train.ema < 1:
         yield Problem("train.ema", f"found {recipe.train.ema}; allowed: 0 or more, below 1")
     yield from _steps(recipe.schedule)

@@ -48,6 +48,7 @@ from mmtrain.settings import Phase, Precision, Recipe, Recompute, SourceConfig
 from mmtrain.train import loop
 from mmtrain.train.ema import Ema
 from mmtrain.train.engine import Engine, EngineSettings, FoldEngine, StageEngine
+from mmtrain.train.guard import Guard
 from mmtrain.train.metrics import Reporter, Work
 from mmtrain.train.optim import Filled, build_optimizer, choose, parameter_groups, used_groups
 from mmtrain.train.peak import peak_tflops
@@ -110,7 +111,7 @@ def train(recipe: Recipe, watch: Watch) -> int:
         parts = _parts(setting, mesh, engine, ema, state)
         try:
             with logging_redirect_tqdm([logging.getLogger(logs.ROOT)]):
-                loop.run(parts, _loop_plan(recipe), state, watch)
+                state = loop.run(parts, _loop_plan(recipe), state, watch)
         finally:
             if parts.reporter is not None:
                 parts.reporter.close()
@@ -312,7 +313,7 @@ def _loader(setting: Setting, mesh: Mesh, state: TrainState) -> Loader[Batch]:
         data_rank=mesh.data,
         data_ranks=mesh.dims.data,
         workers=recipe.data.workers,
-        start_step=state.step,
+        start_step=state.data_step,
         decode_failures=recipe.data.decode_failures,
     )
 
@@ -363,6 +364,7 @@ def _parts(
         draw=(lambda batches: draws(batches[0])) if mesh.rank == 0 else None,
         save=partial(_save, saver, loader),
         saver=saver,
+        guard=Guard(recipe.watch, saver, reporter, partial(restore, engine, ema)),
         ema=ema,
         evaluate=_evaluation(setting, mesh, reporter),
     )
@@ -391,6 +393,7 @@ def _decoder_parts(
         draw=None,
         save=partial(_save, saver, loader),
         saver=saver,
+        guard=Guard(recipe.watch, saver, reporter, partial(restore, engine, ema)),
         ema=ema,
         sketch=job.sketcher(engine, ema, setting.shapes, setting.folder / "samples"),
         evaluate=_evaluation(setting, mesh, reporter),
@@ -431,7 +434,7 @@ def _saver(setting: Setting, engine: Engine, ema: Ema | None, reporter: Reporter
 
 def _save(saver: Saver, loader: Loader[Any] | None, state: TrainState) -> None:
     if loader is not None:
-        mark = loader.mark(state.step)
+        mark = loader.mark(state.data_step)
         state.plan_window, state.plan_first_pack = mark.window, mark.first_pack
     saver.save(state)
 

@@ -101,6 +101,8 @@ class Reader:
     def _scalar(self, kind: type, value: Any, place: str) -> Any:
         if type(value) is kind:
             return value
+        if value is False and issubclass(kind, Enum) and "off" in kind.__members__:
+            return kind["off"]  # YAML reads a bare `off` as false
         try:
             if issubclass(kind, Enum):
                 node: Any = EnumNode(kind, value, is_optional=False)

@@ -237,9 +237,17 @@ class SaveConfig:
     background: bool = True  # write while training goes on; the host holds one copy
 
 
+class Spike(Enum):
+    """What is done about a loss far above those before it."""
+
+    off = "off"
+    skip = "skip"  # the optimizer step is not made; the loss is summed over ranks before it
+    rewind = "rewind"  # back to the newest checkpoint, on with the data after the spike
+
+
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
-    """When a rank that does not move is ended (exit code 86), and how a time limit is met."""
+    """What a run looks after by itself: stalls, time limits, numbers, replicas, slow ranks."""
 
     # of one step, waiting for data included; 0 = no limit. At most parallel.timeout_seconds, else
     # a collective fails first
@@ -247,6 +255,13 @@ class WatchConfig:
     setup_seconds: float = 1800.0  # from the start to the first step; 0 = no limit
     save_seconds: float = 1800.0  # of what a save holds up training for; 0 = no limit
     stop_before_limit_seconds: float = 120.0  # of the Slurm job; the run saves and ends with 85
+    nonfinite_steps: int = 3  # steps in a row without finite numbers, then a rollback
+    rollbacks: int = 1  # to the same checkpoint, before the run gives up (exit 87)
+    spike: Spike = Spike.off
+    spike_window: int = 128  # finite losses that a loss is compared with
+    spike_score: float = 10.0  # distance from their median, in their spread, that is a spike
+    replicas_every_steps: int = 500  # weights that ranks hold alike are compared; 0 = never
+    slow_rank: float = 1.3  # times the median of its peers; a slower rank is named; 0 = never
 
 
 class Condition(Enum):

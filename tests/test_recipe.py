@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from mmtrain.errors import RecipeError
 from mmtrain.ops.select import Preference
 from mmtrain.recipe import load, problems, read, to_yaml
-from mmtrain.settings import Decay, Precision, Recompute, Rule
+from mmtrain.settings import Decay, Precision, Recompute, Rule, Spike
 
 TINY = """
 name: test
@@ -411,3 +411,20 @@ def test_a_recipe_made_in_code_is_checked_too(tiny: Path) -> None:
     broken = replace(recipe, parallel=replace(recipe.parallel, pipeline=2, zero_stage=0))
     (problem,) = problems(broken)
     assert problem.place == "parallel.zero_stage"
+
+
+def test_what_is_watched_has_ranges_and_a_bare_off_is_a_word(tiny: Path) -> None:
+    assert load(tiny, ["watch.spike=off"]).watch.spike is Spike.off  # YAML reads false
+    assert load(tiny, ["watch.slow_rank=0"]).watch.slow_rank == 0
+    found = "\n".join(
+        faults(
+            tiny,
+            ["watch.spike=ski", "watch.slow_rank=0.5", "watch.nonfinite_steps=0",
+             "watch.spike_score=0", "watch.spike_window=1", "watch.rollbacks=-1"],
+        )
+    )  # fmt: skip
+    for piece in (
+        "did you mean skip?", "watch.slow_rank: found 0.5", "watch.nonfinite_steps: found 0",
+        "watch.spike_score: found 0", "watch.spike_window: found 1", "watch.rollbacks: found -1",
+    ):  # fmt: skip
+        assert piece in found, piece

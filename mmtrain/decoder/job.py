@@ -46,7 +46,7 @@ class DecoderJob:
     mesh: Mesh
 
     def loader(self, state: TrainState) -> Loader[Pairs]:
-        """Samples of this data rank from `state.step` on."""
+        """Samples of this data rank from `state.data_step` on."""
         recipe = self.recipe
         mixture = Mixture(self.sources, seed=recipe.seed, shuffle=recipe.data.shuffle)
         plan = self.samples.plan(mixture)
@@ -59,7 +59,7 @@ class DecoderJob:
             data_rank=self.mesh.data,
             data_ranks=self.mesh.dims.data,
             workers=recipe.data.workers,
-            start_step=state.step,
+            start_step=state.data_step,
             decode_failures=recipe.data.decode_failures,
         )
 

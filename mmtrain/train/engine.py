@@ -81,6 +81,17 @@ class Engine(Protocol):
     deepspeed: Any
     norms: GradientNorms
     mesh: Mesh
+    tally: "Tally"
+
+    @property
+    def model(self) -> nn.Module:
+        """This rank's layers, as one module."""
+
+    def global_loss(self) -> float:
+        """Loss of the step in progress, before its optimizer step; a collective over all ranks."""
+
+    def release(self) -> None:
+        """Drop gathered copies of weights, which are about to be loaded."""
 
     def named_layers(self) -> list[tuple[str, nn.Module]]:
         """(canonical prefix, module) of this rank."""
@@ -100,15 +111,18 @@ class Tally:
         self.losses = losses
         self.sums = torch.zeros(len(losses), sources, 2, dtype=torch.float64)
         self.facts = torch.zeros(4, dtype=torch.float64)  # tokens, images, documents, slots
+        self.spoilt: list[bool] = []  # of each micro-batch: whether a loss is not finite
 
     def add_losses(self, values: Values, targets: "WeightedTargets") -> None:
         """Count one micro-batch on the rank that computed its losses."""
+        self.spoilt.append(False)
         for row, name in enumerate(self.losses):
             mask = (targets.weights[name] != 0).double()
             total = values[name].detach().double() * mask
             origins = targets.origins[name]
             pair = torch.stack([total, mask], 1).cpu()
             self.sums[row].index_add_(0, origins.cpu(), pair)
+            self.spoilt[-1] |= not bool(pair.isfinite().all())
 
     def add_facts(self, batches: Sequence[Batch]) -> None:
         """Count tokens and images on one rank of each data rank."""
@@ -168,6 +182,8 @@ class WeightedTargets:
 class _Base:
     """What both engines share: normalised targets, tallies and reports."""
 
+    deepspeed: Any
+
     def __init__(self, mesh: Mesh, settings: EngineSettings) -> None:
         self.mesh = mesh
         self.settings = settings
@@ -177,9 +193,23 @@ class _Base:
         """Scalar loss of one micro-batch; also counts it."""
         if self.mesh.tensor == 0:
             self.tally.add_losses(values, targets)
-        return torch.stack(
+        total = torch.stack(
             [(targets.weights[name] * values[name]).sum() for name in self.settings.losses]
         ).sum()
+        # an infinite loss can have finite gradients (cross-entropy of an infinite logit): with NaN
+        # in them the gradient norm tells all ranks, without a collective more
+        return total * torch.where(torch.isfinite(total.detach()), 1.0, float("nan"))
+
+    def global_loss(self) -> float:
+        """Loss of the step in progress, before its optimizer step; a collective over all ranks."""
+        summed = Tally(self.settings.losses, self.settings.sources)
+        summed.sums = self.mesh.sum_over_world(self.tally.sums)
+        return self.total(summed.parts())
+
+    def release(self) -> None:
+        """Drop gathered copies of weights, which are about to be loaded."""
+        if hasattr(self.deepspeed.optimizer, "parameter_offload"):  # ZeRO-3 keeps small ones
+            self.deepspeed.optimizer.parameter_offload.partition_all_parameters()
 
     def normalise(self, batches: Sequence[Batch]) -> list[WeightedTargets]:
         """Divide raw weights by their sum over the global batch and scale each loss.
@@ -227,6 +257,7 @@ class _Base:
             by_source=self.tally.by_source(),
             grad_norm=norms.total,
             module_norms=norms.by_layer,
+            skipped=norms.skipped,
             tokens=tokens,
             images=images,
             documents=documents,

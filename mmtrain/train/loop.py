@@ -11,6 +11,7 @@ from mmtrain.data.batch import Batch
 from mmtrain.settings import LogConfig, SaveConfig, ScheduleConfig, ValidateConfig
 from mmtrain.train.ema import Ema
 from mmtrain.train.engine import Engine
+from mmtrain.train.guard import Guard
 from mmtrain.train.metrics import Reporter
 from mmtrain.train.optim import rate_factor
 from mmtrain.train.save import Saver
@@ -63,6 +64,7 @@ class Parts:
             draws nothing while training.
         save: begins a checkpoint of a state; a collective.
         saver: commits it.
+        guard: looks after the numbers of every step.
         evaluate: asks a checkpoint the tasks of the recipe; a collective; None when it is not due
             while training.
     """
@@ -74,6 +76,7 @@ class Parts:
     draw: Callable[[Step], Image] | None
     save: Callable[[TrainState], None]
     saver: Saver
+    guard: Guard
     evaluate: Callable[[Path, Listener], None] | None = None
     ema: Ema | None = None
     sketch: Callable[[int], Image | None] | None = None
@@ -86,6 +89,7 @@ def run(parts: Parts, plan: Plan, state: TrainState, watch: Watch) -> TrainState
     """
     engine, reporter = parts.engine, parts.reporter
     saved = state.step
+    owed = evaluates = False  # a checkpoint, also to be asked; both wait for a good step
     while not watch.ends(engine.mesh, state.step) and state.step < plan.steps:
         asked = perf_counter()
         with watch.section("data"):
@@ -97,34 +101,41 @@ def run(parts: Parts, plan: Plan, state: TrainState, watch: Watch) -> TrainState
         report = engine.train_step(batches, factor)
         report = replace(report, seconds=report.seconds + waited, data_seconds=waited)
         state.advance(report)
-        if parts.ema is not None:
+        if parts.ema is not None and report.skipped is None:
             parts.ema.update(number)
         if reporter is not None:
             rates = {g["label"]: g["lr"] for g in engine.deepspeed.optimizer.param_groups}
             reporter.step(number, report, rates, plan.log.every_steps)
             if parts.draw is not None and _due(number, plan.log.images_every_steps) and batches:
                 reporter.picture(number, "packs", parts.draw(batches))
+        back = parts.guard.look(state, report, batches)
+        if back is not None:
+            state, saved, owed, evaluates = back, back.step, False, False
+            continue
         if parts.sketch is not None and _due(number, plan.log.images_every_steps):
             picture = parts.sketch(number)
             if reporter is not None and picture is not None:
                 reporter.picture(number, "samples", picture)
         if parts.heldout and _due(number, plan.validate.every_steps):
             validate(parts, number, watch)
-        evaluates = parts.evaluate is not None and (
-            _due(number, plan.evaluate_every_steps) or number == plan.steps
-        )
+        if parts.evaluate is not None:
+            last = number == plan.steps
+            evaluates = evaluates or last or _due(number, plan.evaluate_every_steps)
         parts.saver.poll()
-        if _due(number, plan.saving.every_steps) or evaluates:
+        owed = owed or evaluates or _due(number, plan.saving.every_steps)
+        if owed and (parts.guard.is_settled or number == plan.steps):
             with watch.section("save"):
+                parts.guard.compare(number)
                 parts.save(state)
-            saved = number
-        if parts.evaluate is not None and evaluates:
-            with watch.section("save"):
-                folder = parts.saver.finish(number)
-            with watch.section("evaluate"):
-                parts.evaluate(folder, watch.listener)
+            if parts.evaluate is not None and evaluates:
+                with watch.section("save"):
+                    folder = parts.saver.finish(number)
+                with watch.section("evaluate"):
+                    parts.evaluate(folder, watch.listener)
+            saved, owed, evaluates = number, False, False
     with watch.section("save"):
         if saved != state.step:
+            parts.guard.compare(state.step)
             parts.save(state)
         parts.saver.finish(state.step)
     return state

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -76,13 +76,7 @@ class Reporter:
             work: for MFU.
         """
         self.folder, self.sources, self.work, self.steps = folder, sources, work, steps
-        path = folder / "metrics.jsonl"
-        kept = _lines_until(path, state.step)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.rename(path)
-        self._lines = path.open("a", buffering=1)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=state.step + 1)
+        self._begin(state.step)
         self._on_screen = sys.stderr.isatty()
         self._said = -math.inf  # when the last step line went to a terminal without a bar
         self.bar = tqdm(
@@ -93,6 +87,28 @@ class Reporter:
             disable=not self._on_screen,
         )
         log.info("MFU is taken of %.3f TFLOP/s (%s)", work.peak_tflops, work.peak_source)
+
+    def _begin(self, step: int) -> None:
+        path = self.folder / "metrics.jsonl"
+        kept = _lines_until(path, step)
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.rename(path)
+        self._lines = path.open("a", buffering=1)
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+    def rewind(self, step: int) -> None:
+        """Go on after `step`: later lines are cut off, as when a run is started again."""
+        self._lines.close()
+        self.board.close()
+        self._begin(step)
+        self.bar.n = step
+        self.bar.refresh()
+
+    def event(self, step: int, kind: str, **facts: Any) -> None:
+        """Add a line to `events.jsonl`: what happened to a run besides its steps."""
+        with (self.folder / "events.jsonl").open("a") as file:
+            file.write(strict_json({"step": step, "event": kind, **facts}) + "\n")
 
     def step(self, step: int, report: StepReport, rates: dict[str, float], write: int) -> None:
         """Report one optimizer step; files are written when `step` is a multiple of `write`."""
@@ -121,8 +137,9 @@ class Reporter:
             "mfu": mfu,
             "peak_tflops": self.work.peak_tflops,
             **self._by_source(report.by_source),
+            **({"skipped": 1} if report.skipped else {}),
         }
-        self._lines.write(json.dumps(line) + "\n")
+        self._lines.write(strict_json(line) + "\n")
         self._scalars(step, line, rates, report)
         log.log(
             self._level(step),
@@ -181,7 +198,7 @@ class Reporter:
             f"{name}/{source}": v for source, means in parts.items() for name, v in means.items()
         }
         with (self.folder / "heldout.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **line}) + "\n")
+            file.write(strict_json({"step": step, **line}) + "\n")
         for key, value in line.items():
             self.board.add_scalar(f"heldout/{key}", value, step)
         log.info("step %d held out: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in line.items()))
@@ -197,11 +214,20 @@ class Reporter:
         self.board.close()
 
 
+def strict_json(line: Mapping[str, Any]) -> str:
+    """One object as JSON; numbers that are not finite become null, as JSON has no other word."""
+    plain = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in line.items()
+    }
+    return json.dumps(plain, allow_nan=False)
+
+
 def _group(key: str) -> str:
     """The section of the TensorBoard page; they are sorted by name there, losses on top."""
     if key.startswith("loss"):
         return "loss_by_source" if "/" in key else "loss"
-    if key in ("grad_norm", "learning_rate"):
+    if key in ("grad_norm", "learning_rate", "skipped"):
         return "optimizer"
     return "work" if key in ("mfu", "peak_tflops") else "throughput"
 

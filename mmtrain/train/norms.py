@@ -4,15 +4,23 @@ DeepSpeed reports the global norm under ZeRO; at stage 0 in float32 it clips wit
 norm that is off by up to 8e-5 (one float32 sum over millions of squares), so norm and clipping are
 done here. Norms per layer are read from the engine's own gradient storage in the moment between
 the last reduction and the optimizer step.
+
+A step whose norm is not finite is not made, on all ranks alike, because the norm is one number of
+all ranks: DeepSpeed's optimizers drop their gradients by `zero_grad` and set `overflow` (0.19.8,
+`step` of runtime/zero/stage_1_and_2.py and stage3.py, and of fp16/ for bf16 without ZeRO), torch's
+is not called. A step is refused for other reasons by making one gradient NaN. Gradients that are to
+be dropped are looked at first.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmtrain.parallel.mesh import Mesh
+from mmtrain.train.state import Refusal
 
 
 class GradientNorms:
@@ -22,6 +30,8 @@ class GradientNorms:
         wanted: set to True before a step to get `by_layer` for it.
         total: global 2-norm of the last step, before clipping.
         by_layer: canonical layer prefix -> 2-norm; empty when not wanted.
+        skipped: why the last step was not made; None when it was.
+        admits: asked before each optimizer step; False refuses it, on all ranks or on none.
     """
 
     def __init__(self, engine: Any, layers: Iterable[tuple[str, nn.Module]], mesh: Mesh) -> None:
@@ -31,10 +41,15 @@ class GradientNorms:
         self.parameters = tuple(engine.module.parameters())  # walking the modules takes 1 ms
         self.wanted = False
         self.by_layer: dict[str, float] = {}
+        self.skipped: Refusal | None = None
+        self.admits: Callable[[], bool] | None = None
         self._own_total = 0.0
         self._measured = False  # by_layer is already that of the coming step
+        self._stepping = False
         self._step = engine.optimizer.step
         engine.optimizer.step = self._measured_step
+        if hasattr(engine.optimizer, "overflow"):
+            engine.optimizer.zero_grad = self._looking(engine.optimizer.zero_grad)
 
     @property
     def total(self) -> float:
@@ -46,13 +61,47 @@ class GradientNorms:
         if not self._measured:
             self._measure_layers()
         self._measured = False
-        return self._step(*args, **kwargs)
+        self.skipped = None
+        if self.admits is not None and not self.admits():
+            self.skipped = Refusal("spike")
+            self._spoil()
+        if hasattr(self.engine.optimizer, "overflow"):
+            self._stepping = True
+            out = self._step(*args, **kwargs)
+            self._stepping = False
+            return out
+        if self.skipped is None and not math.isfinite(self._own_total):
+            self.skipped = self._look()
+        return None if self.skipped is not None else self._step(*args, **kwargs)
+
+    def _looking(self, discard: Callable[..., Any]) -> Callable[..., Any]:
+        """`discard`, which looks at the gradients of a refused step first."""
+
+        def look_and_discard(*args: Any, **kwargs: Any) -> Any:
+            if self._stepping and self.engine.optimizer.overflow and self.skipped is None:
+                self.skipped = self._look()
+            return discard(*args, **kwargs)
+
+        return look_and_discard
+
+    def _look(self) -> Refusal:
+        """Layers whose gradients are not finite; a collective."""
+        squares = self._squares()
+        spoilt = tuple(name for name, value in squares.items() if not math.isfinite(value))
+        return Refusal("non-finite", spoilt, len(squares))
+
+    def _spoil(self) -> None:
+        """Make a gradient NaN, so that DeepSpeed's optimizers drop them all."""
+        for parameter, gradient, _ in self._gradients():
+            if gradient is not None and gradient.numel() and self._counts(parameter):
+                gradient.detach()[(0,) * gradient.dim()] = math.nan
+                return
 
     def _measure_layers(self) -> None:
         self.by_layer = {}
         if self.wanted:
             squares = self._squares()
-            self.by_layer = {name: value**0.5 for name, value in squares.items()}
+            self.by_layer = {name: value**0.5 for name, value in sorted(squares.items())}
 
     def clip_whole(self, clip_norm: float) -> None:
         """Measure whole (not partitioned) gradients, then clip them; ZeRO stage 0 in float32.
@@ -74,24 +123,19 @@ class GradientNorms:
         return self.mesh.tensor == 0 or bool(getattr(parameter, "tensor_model_parallel", False))
 
     def _squares(self) -> dict[str, float]:
-        """Squared norm per layer over all ranks."""
-        local: dict[str, float] = {}
+        """Squared norm per layer over all ranks, in the order of the model."""
+        local = dict.fromkeys(self.layers.values(), 0.0)
         for parameter, gradient, copies in self._gradients():
             layer = self.layers.get(id(parameter))
             if layer is None:  # a filler of an empty optimizer group
                 continue
             if gradient is not None and self._counts(parameter):
-                square = sum_of_squares([gradient]) / copies
-                local[layer] = local.get(layer, 0.0) + square
-            else:
-                local.setdefault(layer, 0.0)
-        gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, local)
+                local[layer] += sum_of_squares([gradient]) / copies
         out: dict[str, float] = {}
-        for part in gathered:
+        for part in self.mesh.gather(local):
             for layer, square in part.items():
                 out[layer] = out.get(layer, 0.0) + square
-        return dict(sorted(out.items()))
+        return out
 
     def _gradients(self) -> Iterable[tuple[Tensor, Tensor | None, int]]:
         """(parameter, averaged gradient or this rank's part of it, how many ranks hold it)."""

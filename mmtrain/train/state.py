@@ -5,13 +5,19 @@ from dataclasses import dataclass, field
 
 @dataclass
 class TrainState:
-    """Progress of a run; the data cursor is the step, since a batch is a pure function of it."""
+    """Progress of a run; a batch is a pure function of `data_step`."""
 
     step: int = 0  # optimizer steps done
     tokens_seen: int = 0
     images_seen: int = 0
     plan_window: int = 0  # where the next step begins in the plan of packs, so that a resumed
     plan_first_pack: int = 0  # run need not plan what lies before
+    batches_skipped: int = 0  # batches that rollbacks left out, up to here
+
+    @property
+    def data_step(self) -> int:
+        """Number of the next batch in the order of the data."""
+        return self.step + self.batches_skipped
 
     def advance(self, report: "StepReport") -> None:
         """Count one finished step."""
@@ -33,6 +39,30 @@ class LossSums:
         return self.total / self.count if self.count else float("nan")
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why an optimizer step was not made.
+
+    Attributes:
+        reason: `non-finite` or `spike`.
+        layers: those whose gradients are not finite, in the order of the model.
+        of: number of layers.
+    """
+
+    reason: str
+    layers: tuple[str, ...] = ()
+    of: int = 0
+
+    def __str__(self) -> str:
+        """Return the reason and where the gradients went wrong first: next to the loss."""
+        if not self.layers:
+            return self.reason
+        return (
+            f"{self.reason}: gradients of {len(self.layers)} of {self.of} layers, "
+            f"from {self.layers[-1]} backward"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
     """One optimizer step over all ranks.
@@ -43,6 +73,7 @@ class StepReport:
         by_source: (loss name, source index) -> sums.
         grad_norm: global 2-norm before clipping.
         module_norms: gradient norm per layer, when asked for.
+        skipped: why the optimizer step was not made; None when it was.
         tokens: real tokens of the global batch.
         images: real images of the global batch.
         documents: documents of the global batch.
@@ -62,3 +93,4 @@ class StepReport:
     seconds: float
     data_seconds: float
     module_norms: dict[str, float] = field(default_factory=dict)
+    skipped: Refusal | None = None
