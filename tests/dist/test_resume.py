@@ -87,22 +87,6 @@ def test_a_run_can_begin_from_the_weights_of_another(world: World) -> None:
     assert all(torch.equal(teacher.get(name), pupil.get(name)) for name in teacher.names())
 
 
-def test_another_layout_is_refused_with_both_layouts_named(world: World) -> None:
-    world.train("layout-a", 1, "train.steps=1", "schedule.warmup_steps=1")
-    codes = world.run(
-        2,
-        "train",
-        str(Path(__file__).parents[2] / "configs/emu/tiny.yaml"),
-        "name=layout-a",
-        "train.steps=2",
-        "schedule.warmup_steps=1",
-        "parallel.tensor=2",
-    )
-    assert codes == [65, 65]
-    assert "tensor=1" in world.last_log and "tensor=2" in world.last_log
-    assert "train.initialize_from=" in world.last_log
-
-
 def test_frozen_parts_do_not_move_and_the_others_do(world: World) -> None:
     world.train(
         "start",
