@@ -1,10 +1,12 @@
 """Starts ranks quickly: one process imports everything once, then forks a world for each request.
 
-Reads one JSON request a line (`folder`, `world`, `argv`, `env`, `log`), answers with the exit
-codes. Every rank calls `mmtrain.cli.main(argv)`, the function behind the `mmtrain` command, with the
-environment a launcher would give it.
+Reads one JSON request a line (`folder`, `world`, `argv`, `env`, `log`, `prepare`), answers with the
+exit codes. Every rank calls `mmtrain.cli.main(argv)`, the function behind the `mmtrain` command,
+with the environment a launcher would give it; before that the function that `prepare` names
+(`module:function` of this folder), if it names one.
 """
 
+import importlib
 import json
 import os
 import socket
@@ -37,6 +39,9 @@ def become_rank(rank: int, request: dict[str, Any], port: int) -> None:
     )
     code = 1
     try:
+        if request["prepare"]:
+            module, _, function = request["prepare"].partition(":")
+            getattr(importlib.import_module(module), function)()
         from mmtrain.cli import main
 
         code = int(main(request["argv"]))

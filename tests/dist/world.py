@@ -43,16 +43,22 @@ class Forge:
 class World:
     """Starts `mmtrain` on N ranks in `folder`, where `demo_data` lies."""
 
-    def __init__(self, folder: Path, forge: Forge) -> None:
-        """Take a folder of its own and the shared forge."""
+    def __init__(self, folder: Path, forge: Forge, prepare: str = "") -> None:
+        """Take a folder of its own and the shared forge.
+
+        `prepare` names what every rank calls first, as `module:function` of this folder.
+        """
         self.folder = folder
         self.forge = forge
+        self.prepare = prepare
 
     def run(self, ranks: int, *argv: str, env: dict[str, str] | None = None) -> list[int]:
         """Exit codes of one command on `ranks` ranks."""
         log = self.folder / f"log-{len(list(self.folder.glob('log-*.0')))}"
         request = {"folder": str(self.folder), "world": ranks, "argv": list(argv)}
-        codes = self.forge.start(request | {"env": env or {}, "log": str(log)})
+        codes = self.forge.start(
+            request | {"env": env or {}, "log": str(log), "prepare": self.prepare}
+        )
         self.last_log = "\n".join(
             Path(f"{log}.{rank}").read_text()[-4000:] for rank in range(ranks)
         )
