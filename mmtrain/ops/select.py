@@ -89,7 +89,7 @@ def use(preference: Preference) -> None:
 
 
 def attention_backend(device: torch.device) -> AttentionBackend:
-    """The fastest attention over key intervals on `device`."""
+    """The fastest attention over key intervals that lie on `device`."""
     return AttentionBackend.FLEX if device.type == "cuda" else AttentionBackend.TILES
 
 
@@ -156,16 +156,17 @@ def _dense_row(device: torch.device, dtype: torch.dtype) -> Row:
 def _dense_backends(
     device: torch.device, dtype: torch.dtype, width: int, shapes: Shapes
 ) -> tuple[SDPBackend, ...]:
-    call = _plain_call(device, dtype, width)
-    takes = {
-        SDPBackend.CUDNN_ATTENTION: shapes is Shapes.REPEATED
-        and torch.cuda.get_device_capability(device)[0] in CUDNN_MAJORS
-        and (_cudnn.version() or 0) >= CUDNN_LEAST
-        and cuda.can_use_cudnn_attention(call),
-        SDPBackend.FLASH_ATTENTION: cuda.can_use_flash_attention(call),
-        SDPBackend.EFFICIENT_ATTENTION: cuda.can_use_efficient_attention(call),
-        SDPBackend.MATH: True,
-    }
+    with torch.inference_mode(False), torch.enable_grad():  # asked as for a training step
+        call = _plain_call(device, dtype, width)
+        takes = {
+            SDPBackend.CUDNN_ATTENTION: shapes is Shapes.REPEATED
+            and torch.cuda.get_device_capability(device)[0] in CUDNN_MAJORS
+            and (_cudnn.version() or 0) >= CUDNN_LEAST
+            and cuda.can_use_cudnn_attention(call),
+            SDPBackend.FLASH_ATTENTION: cuda.can_use_flash_attention(call),
+            SDPBackend.EFFICIENT_ATTENTION: cuda.can_use_efficient_attention(call),
+            SDPBackend.MATH: True,
+        }
     return tuple(backend for backend, taken in takes.items() if taken)
 
 
