@@ -78,7 +78,8 @@ class Setting:
 
 
 def read_setting(recipe: Recipe) -> Setting:
-    """Family, tokenizer and parameter shapes of a checked recipe."""
+    """Family, tokenizer and parameter shapes of a checked recipe; chooses what runs its ops."""
+    select.use(recipe.ops.attention)
     spec = spec_of(recipe.family, recipe.phase)
     vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
     layout = replace(
@@ -194,8 +195,7 @@ def build_engine(setting: Setting, mesh: Mesh) -> Engine:
     construction = _construction(setting)
     implementation = choose(recipe.optimizer.implementation, mesh.device)
     log.info("optimizer: AdamW by %s", implementation.value)
-    select.use(recipe.ops.attention)
-    for row in select.table(mesh.device):
+    for row in select.table(mesh.device, construction.dtype):
         log.info("op %s", row)
     settings = _engine_settings(setting, mesh.dims)
     facts = setting.facts

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmtrain.cli import COMMANDS, main
 from mmtrain.errors import ExitCode
 from mmtrain.layout.ranks import Launched, launched
+from mmtrain.ops import select
+from mmtrain.ops.select import Preference
 
 TINY = "configs/emu/tiny.yaml"
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID")
@@ -177,3 +180,39 @@ def test_a_shell_inside_an_allocation_is_one_process() -> None:
     batch = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
     assert launched(batch) == Launched(0, 0, 1)
     assert launched({**batch, "SLURM_STEP_ID": str(0xFFFFFFFA)}) == Launched(0, 0, 1)
+
+
+@pytest.fixture
+def run_folder(tiny: str, tmp_path: Path) -> Path:
+    """A run of which the recipe alone is there."""
+    (tmp_path / "recipe.yaml").write_text(f"base: {tiny}\nops: {{attention: torch}}\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["sample"], Preference.torch),
+        (["evaluate"], Preference.torch),
+        (["evaluate", "ops.attention=auto"], Preference.auto),
+    ],
+)
+def test_commands_on_a_run_take_the_ops_that_its_recipe_names(
+    run_folder: Path, argv: list[str], expected: Preference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chosen before weights are looked for, which are missing here."""
+    chosen: list[Preference] = []
+    monkeypatch.setattr(select, "use", chosen.append)
+    command, *overrides = argv
+    assert main([command, str(run_folder), *overrides]) == ExitCode.MISSING
+    assert chosen == [expected]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels may be there")
+def test_a_run_that_insists_on_the_kernels_is_not_sampled_without_them(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = run_folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("torch}", "cuda}"))
+    assert main(["sample", str(run_folder)]) == ExitCode.MISSING
+    assert "ops.attention: cuda, but there is no CUDA device" in capsys.readouterr().err

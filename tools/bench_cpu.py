@@ -82,31 +82,33 @@ class Side:
 
 @dataclass(frozen=True)
 class Pace:
-    """How much is measured: rounds of at least `seconds` for each side."""
+    """How much is measured: rounds of at least `seconds` for each side, by `clock`."""
 
     rounds: int
     seconds: float
+    clock: Callable[[], float] = time.perf_counter
 
 
 def race(sides: Sequence[Side], pace: Pace) -> list[list[float]]:
     """Units per second of each side in each round; the sides' order turns every round."""
-    laps = [max(1, math.ceil(pace.seconds / _seconds(side, 1))) for side in sides]
+    laps = [max(1, math.ceil(pace.seconds / _seconds(side, 1, pace.clock))) for side in sides]
     rates: list[list[float]] = [[] for _ in sides]
     for number in range(pace.rounds):
         turned = [(place + number) % len(sides) for place in range(len(sides))]
         for place in turned:
             side = sides[place]
-            rates[place].append(laps[place] * sum(side.units) / _seconds(side, laps[place]))
+            seconds = _seconds(side, laps[place], pace.clock)
+            rates[place].append(laps[place] * sum(side.units) / seconds)
     return rates
 
 
-def _seconds(side: Side, laps: int) -> float:
+def _seconds(side: Side, laps: int, clock: Callable[[], float]) -> float:
     gc.collect()  # nobody pays for the other side's garbage
-    started = time.perf_counter()
+    started = clock()
     for _ in range(laps):
         for number in range(len(side.units)):
             side.step(number)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def spread(values: Sequence[float], digits: int = 0) -> str:

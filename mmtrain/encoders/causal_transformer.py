@@ -23,6 +23,7 @@ from torch.nn import functional
 from mmtrain.nn.flow import Flow
 from mmtrain.nn.mlp import Mlp
 from mmtrain.nn.norm import RMSNorm
+from mmtrain.ops.dense_attention import dense_attention
 
 
 @cache
@@ -84,7 +85,7 @@ class CrossAttention(nn.Module):
             x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for x in (self.q(self.enter(x_NQW)), self.k(memory_NSC), self.v(memory_NSC))
         )
-        mixed = functional.scaled_dot_product_attention(q, k, v, scale=1.0)
+        mixed = dense_attention(q, k, v, scale=1.0)
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out
 

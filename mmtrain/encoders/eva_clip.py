@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from mmtrain.nn.flow import Flow
 from mmtrain.nn.mlp import Mlp
+from mmtrain.ops.dense_attention import dense_attention
 
 
 class PatchStem(nn.Module):
@@ -53,7 +54,7 @@ class VisionAttention(nn.Module):
             project(x_NSC).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for project in (self.q, self.k, self.v)
         )
-        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        mixed = dense_attention(q, k, v).transpose(1, 2).flatten(2)
         out: Tensor = self.out(mixed)
         return out
 

@@ -233,8 +233,11 @@ def ask_all(
     assignment: Assignment, checkpoint: str | None
 ) -> tuple[list[Result], dict[str, MmtrainError]]:
     """Results of every task, and the faults of those that could not be asked."""
-    artist = Artist.load(assignment.run, assignment.decoder, checkpoint, Style())
-    subject = Subject(artist, assignment.recipe.data.heldout)
+    recipe = assignment.recipe
+    artist = Artist.load(
+        assignment.run, assignment.decoder, checkpoint, Style(), recipe.ops.attention
+    )
+    subject = Subject(artist, recipe.data.heldout)
     results: list[Result] = []
     failed: dict[str, MmtrainError] = {}
     for name, task in assignment.tasks.items():

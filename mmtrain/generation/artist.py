@@ -17,7 +17,9 @@ from mmtrain.decoder.drawers import load_drawer
 from mmtrain.errors import ContentError
 from mmtrain.generation.prompts import Piece
 from mmtrain.models.emu.drawing import EmuDrawer
-from mmtrain.settings import Null, Phase
+from mmtrain.ops import select
+from mmtrain.ops.select import Preference
+from mmtrain.settings import Null, Phase, Recipe
 from mmtrain.trained import Trained, load_run
 
 
@@ -53,6 +55,7 @@ class Artist:
         decoder: Path | None = None,
         checkpoint: str | None = None,
         style: Style | None = None,
+        attention: Preference | None = None,
     ) -> "Artist":
         """Read a run and, when one is named, a decoder run.
 
@@ -61,14 +64,18 @@ class Artist:
             decoder: a run of the phase decoder.
             checkpoint: of `run`, by name; None for the newest.
             style: how to draw.
+            attention: what runs the ops; None for what the recipe of `run` says.
 
         Raises:
-            MissingError: a part of a run is not there.
+            MissingError: a part of a run is not there, or the kernels that it insists on.
             RecipeError: a recipe has faults.
             ContentError: the decoder draws rows of another shape.
         """
         style = style or Style()
-        language = _writer_of(run)
+        recipe = recipes.examine(run / "recipe.yaml").recipe
+        if recipe is not None:  # else a loader below says what is wrong with it
+            select.use(attention or recipe.ops.attention)
+        language = None if recipe is None else _writer_of(recipe)
         if language is not None:
             drawer: EmuDrawer | None = load_drawer(run, checkpoint=checkpoint)
             trained = load_run(language)
@@ -105,10 +112,9 @@ class Artist:
         return self.trained.rollout([self.trained.prompt([])])[0]
 
 
-def _writer_of(run: Path) -> Path | None:
+def _writer_of(recipe: Recipe) -> Path | None:
     """The model that a decoder run was trained to draw for; None of any other run."""
-    recipe = recipes.examine(run / "recipe.yaml").recipe
-    if recipe is None or recipe.phase is not Phase.decoder or recipe.decoder.language is None:
+    if recipe.phase is not Phase.decoder or recipe.decoder.language is None:
         return None
     return Path(recipe.decoder.language)
 

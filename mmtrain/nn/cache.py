@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mmtrain.nn.masks import Intervals
 from mmtrain.ops.attention import repeat_heads
+from mmtrain.ops.dense_attention import dense_attention
+from mmtrain.ops.select import Shapes
 
 
 class KeyValueCache:
@@ -81,7 +82,7 @@ class Step:
         )
         slots = torch.arange(self.longest, device=q_THK.device)
         seen_B11S = (slots <= self.position_B[:, None])[:, None, None]
-        out = functional.scaled_dot_product_attention(
-            q_THK.unsqueeze(2), k, v, attn_mask=seen_B11S, scale=scale
+        out = dense_attention(
+            q_THK.unsqueeze(2), k, v, mask=seen_B11S, scale=scale, shapes=Shapes.CHANGING
         )
         return out.squeeze(2)

@@ -6,6 +6,7 @@ whether keys come from the same packed row (here) or from a cache (`nn.cache`).
 T query rows   S keys   H heads   K head width
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, Self
@@ -33,15 +34,17 @@ class Intervals:
     Attributes:
         lo_T: first key of each row.
         hi_T: one past the last key of each row.
+        device: of the rows, where it is not that of `lo_T` and `hi_T`.
     """
 
     lo_T: Tensor
     hi_T: Tensor
+    device: torch.device | None = None
 
     @cached_property
     def plan(self) -> IntervalPlan:
         """How attention walks the intervals; read to the host once, shared by all layers."""
-        return plan_intervals(self.lo_T, self.hi_T, self.lo_T.shape[0])
+        return plan_intervals(self.lo_T, self.hi_T, self.lo_T.shape[0], self.device)
 
     def attend(
         self, layer: nn.Module, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, scale: float
@@ -58,6 +61,19 @@ class Intervals:
         """
         rows = torch.arange(segments_T.shape[0], device=segments_T.device)
         return cls(_starts(segments_T), rows + 1)
+
+    @classmethod
+    def causal_lengths(cls, lengths: Sequence[int], device: torch.device) -> Self:
+        """Each row sees its own document up to itself; told by the host, which need not ask.
+
+        Args:
+            lengths: of the documents, which stand one after another.
+            device: of the rows.
+        """
+        counts = torch.tensor(lengths)
+        starts = counts.cumsum(0) - counts
+        rows = torch.arange(sum(lengths))
+        return cls(starts.repeat_interleave(counts), rows + 1, device)
 
     @classmethod
     def image_bidirectional(cls, segments_T: Tensor, spans_T: Tensor) -> Self:

@@ -4,11 +4,18 @@ Causal, packed documents, prefix, image-bidirectional and padding masks are all 
 query t sees keys `[lo[t], hi[t])`. No T x T mask is ever made. `plan_intervals` reads the two
 vectors to the host once per micro-batch; every layer then reuses the plan.
 
-Reference (CPU): rows are cut into groups that see only their own keys. A long causal document runs
-as one causal call, many short ones of nearly one length as a batch of such calls, padded to the
-longest; everything else in tiles of `TILE_ROWS` query rows over the keys they reach, with a small
-boolean mask.
-CUDA: FlexAttention with a mask function over the two vectors, its block mask built in the plan.
+Tiles (a CPU, and intervals that lie on the host): rows are cut into groups that see only their own
+keys. A long causal document runs as one causal call of `dense_attention`, many short ones of nearly
+one length as a batch of such calls, padded to the longest; everything else in tiles of `TILE_ROWS`
+query rows over the keys they reach, with a small boolean mask.
+FlexAttention (intervals on a GPU): a mask function over the two vectors, its block mask built in
+the plan.
+
+A sampler knows the lengths of its prompts, so on a GPU too it plans tiles, compiles nothing, and
+one prompt is one causal dense call. In training `lo` and `hi` come to each pipeline stage on the
+GPU. To find that a pack is one causal document the host would have to wait for it once a
+micro-batch, or hand a flag through all stages; packs of many documents are the rule, so training
+keeps FlexAttention (0.6 of cuDNN's speed at width 128).
 
 Cost: 4 K H sum(hi - lo) operations in the forward pass, plus what tiles mask away.
 
@@ -16,7 +23,7 @@ T query rows   S keys   H heads   K head width
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -25,7 +32,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from mmtrain.ops.select import AttentionBackend, attention_backend
+from mmtrain.ops.dense_attention import dense_attention
+from mmtrain.ops.select import AttentionBackend, Shapes, attention_backend
 
 # Forward and backward, one CPU thread. 1,260 rows of 4 x 32 in documents of 12 to 100 tokens,
 # mostly 18 to 25: 7.8 ms in shared groups; 6.2, 4.8, 4.7, 4.9 ms in batches of fill 0.5, 0.65,
@@ -49,6 +57,10 @@ class Tile:
     last: int
     mask: Tensor | None = None  # boolean [rows, keys], or None when every row sees every key
     causal: bool = False  # exactly lower triangular, rows and keys of the same length
+
+    def to(self, device: torch.device) -> "Tile":
+        """The tile for rows on `device`."""
+        return self if self.mask is None else replace(self, mask=self.mask.to(device))
 
 
 @dataclass(frozen=True)
@@ -82,8 +94,19 @@ class IntervalPlan:
     block_mask: BlockMask | None = None
     places_T: Tensor | None = None
 
+    def to(self, device: torch.device) -> "IntervalPlan":
+        """The plan for rows on `device`."""
+        groups = tuple(
+            replace(group, tiles=tuple(tile.to(device) for tile in group.tiles))
+            for group in self.groups
+        )
+        places_T = None if self.places_T is None else self.places_T.to(device)
+        return IntervalPlan(groups, self.block_mask, places_T)
 
-def plan_intervals(lo_T: Tensor, hi_T: Tensor, keys: int) -> IntervalPlan:
+
+def plan_intervals(
+    lo_T: Tensor, hi_T: Tensor, keys: int, device: torch.device | None = None
+) -> IntervalPlan:
     """Plan attention of T rows over `keys` keys, once for all layers.
 
     Args:
@@ -91,10 +114,14 @@ def plan_intervals(lo_T: Tensor, hi_T: Tensor, keys: int) -> IntervalPlan:
         hi_T: integers, one past the last key each row sees; `0 <= lo < hi <= keys`, because the
             softmax over no key at all is undefined (let padding rows see themselves).
         keys: number of keys S.
+        device: of the rows, where it is not that of `lo` and `hi`.
     """
     if attention_backend(lo_T.device) is AttentionBackend.FLEX:
         return IntervalPlan((), _block_mask(lo_T, hi_T, keys))
-    lo, hi = lo_T.cpu(), hi_T.cpu()
+    return _tiled_plan(lo_T.cpu(), hi_T.cpu(), keys).to(device or lo_T.device)
+
+
+def _tiled_plan(lo: Tensor, hi: Tensor, keys: int) -> IntervalPlan:
     assert bool((lo < hi).all()) and bool((lo >= 0).all()) and bool((hi <= keys).all()), (
         "a query row sees no key, or keys that do not exist"
     )
@@ -182,13 +209,14 @@ def _group(q: Tensor, k: Tensor, v: Tensor, group: Group, scale: float) -> Itera
     """Outputs of one group, tile after tile, each `[rows, H, K]`."""
     q, k, v = (x.view(group.documents, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     for tile in group.tiles:
-        out = functional.scaled_dot_product_attention(
+        out = dense_attention(
             q[:, :, tile.start : tile.stop],
             k[:, :, tile.first : tile.last],
             v[:, :, tile.first : tile.last],
-            attn_mask=tile.mask,
-            is_causal=tile.causal,
+            mask=tile.mask,
+            causal=tile.causal,
             scale=scale,
+            shapes=Shapes.CHANGING,
         )
         yield out.transpose(1, 2).flatten(0, 1)
 

@@ -96,10 +96,11 @@ class Ranks:
 class World:
     """Starts `mmtrain` on N ranks in `folder`, where `demo_data` lies."""
 
-    def __init__(self, folder: Path, forge: Forge) -> None:
-        """Take a folder of its own and the shared forge."""
+    def __init__(self, folder: Path, forge: Forge, patch: str = "") -> None:
+        """Take a folder of its own and the shared forge; `patch` is for every command."""
         self.folder = folder
         self.forge = forge
+        self.patch = patch
 
     def start(
         self,
@@ -114,7 +115,8 @@ class World:
         request = {"folder": str(self.folder), "world": ranks, "argv": list(argv), "module": module}
         for rank in range(ranks):
             Path(f"{log}.{rank}").touch()
-        pids = self.forge.ask(request | {"env": env or {}, "log": str(log), "patch": patch})
+        request |= {"env": env or {}, "log": str(log), "patch": patch or self.patch}
+        pids = self.forge.ask(request)
         return Ranks(self.forge, pids, log)
 
     def run(

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(find_host_compiler() is None, reason="the emulat
 
 FILES = (
     *(f"qk_norm_rope{rest}" for rest in (".h", "_row.cuh", ".cuh", ".cu")),
-    *("simt.h", "simt_host.h"),
+    *("simt.h", "simt_host.h", "simt_fibers.h"),
 )
 WIDTH = 88  # 11 lanes a row, two rows a warp, lanes left over
 

@@ -153,6 +153,31 @@ def test_few_short_documents_are_not_moved() -> None:
     assert [group.rows for group in plan.groups] == [40, 400, 30, 500]
 
 
+@pytest.mark.parametrize("lengths", [[300], [40, 400, 30, 500, 7, 9], [32, 7, 200, *[30, 25] * 20]])
+def test_lengths_that_the_host_knows_make_the_same_plan_for_another_device(
+    lengths: list[int],
+) -> None:
+    """Tensors of the device `meta` cannot be read: whoever asks them for a number fails."""
+    known = Intervals.causal_lengths(lengths, torch.device("meta"))
+    told = Intervals.causal_packed(segments(lengths))
+    assert torch.equal(known.lo_T, told.lo_T) and torch.equal(known.hi_T, told.hi_T)
+    assert shape_of(known.plan) == shape_of(told.plan)
+    parts = [tile.mask for group in known.plan.groups for tile in group.tiles]
+    for part in (*parts, known.plan.places_T):
+        assert part is None or part.device.type == "meta"
+    q = torch.randn(sum(lengths), HEADS, WIDTH, device="meta")
+    assert interval_attention(q, q, q, known.plan, 0.3).shape == q.shape
+
+
+def shape_of(plan: IntervalPlan) -> list[object]:
+    tiles = [
+        (tile.start, tile.stop, tile.first, tile.last, tile.mask is None, tile.causal)
+        for group in plan.groups
+        for tile in group.tiles
+    ]
+    return [[(g.rows, g.keys, g.documents) for g in plan.groups], tiles, plan.places_T is None]
+
+
 def masked_entries(plan: IntervalPlan) -> int:
     masks = (tile.mask for group in plan.groups for tile in group.tiles)
     return sum(mask.numel() for mask in masks if mask is not None)

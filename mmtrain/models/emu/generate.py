@@ -101,6 +101,11 @@ class Packed:
     lengths: tuple[int, ...]
 
     @property
+    def intervals(self) -> Intervals:
+        """What each row sees: its own sequence up to itself."""
+        return Intervals.causal_lengths(self.lengths, self.rows_TD.device)
+
+    @property
     def last_B(self) -> Tensor:
         """Row of each sequence's last token."""
         return torch.tensor(self.lengths, device=self.rows_TD.device).cumsum(0) - 1
@@ -178,8 +183,7 @@ class EmuSampler:
 
     def hidden(self, packed: Packed) -> Tensor:
         """Trunk rows `[T, D]` before the final norm, without a cache."""
-        intervals = Intervals.causal_packed(packed.segments_T)
-        return self._fold(packed.rows_TD, packed.positions_T, intervals)
+        return self._fold(packed.rows_TD, packed.positions_T, packed.intervals)
 
     def start(self, prompts: Sequence[Prompt], room: int) -> tuple[Writing, Tensor]:
         """Prefill prompts and leave `room` more positions; also the last rows `[B, D]`."""
@@ -188,8 +192,7 @@ class EmuSampler:
     def start_packed(self, packed: Packed, room: int) -> tuple[Writing, Tensor]:
         """`start` for sequences that are embedded already."""
         cache = KeyValueCache(len(packed.lengths), max(packed.lengths) + room)
-        intervals = Intervals.causal_packed(packed.segments_T)
-        keys = Prefill(cache, intervals, packed.segments_T, packed.positions_T)
+        keys = Prefill(cache, packed.intervals, packed.segments_T, packed.positions_T)
         hidden_TD = self._fold(packed.rows_TD, packed.positions_T, keys)
         return Writing(cache, packed.lengths, self.device), hidden_TD[packed.last_B]
 
