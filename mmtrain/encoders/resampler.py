@@ -33,6 +33,7 @@ from mmtrain.nn.init import Draw, InitialRules, constant, normal, truncated_norm
 from mmtrain.nn.mlp import Mlp
 from mmtrain.nn.norm import RMSNorm
 from mmtrain.ops.cosine_attention import CosinePath, cosine_attention, cosine_path
+from mmtrain.ops.dense_attention import dense_attention
 
 _TRUNCATED_STD = 0.87962566  # of a unit normal that is cut at two standard deviations
 
@@ -79,7 +80,7 @@ class LatentAttention(HeadAttention):
             q, k, factor = self.compared(q, k)
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             seen = None if lengths_N is None else _seen(lengths_N, keys)
-            mixed = functional.scaled_dot_product_attention(q, k, v, seen, scale=factor)
+            mixed = dense_attention(q, k, v, mask=seen, scale=factor)
             mixed = mixed.transpose(1, 2)
         out: Tensor = self.out(mixed.flatten(2))
         return out
