@@ -87,7 +87,8 @@ def new_run(world: World, source: str, name: str) -> Path:
     recipe = yaml.safe_load((world.folder / "runs" / source / "recipe.yaml").read_text())
     folder = world.folder / "runs" / name
     folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "name": name}))
+    text = yaml.safe_dump({**recipe, "name": name}, sort_keys=False)  # sources are numbered
+    (folder / "recipe.yaml").write_text(text)
     return folder
 
 
