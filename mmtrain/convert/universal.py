@@ -16,7 +16,6 @@ alone. Pickles are opened as `convert.pickles` does: no code of theirs is run.
 """
 
 import logging
-import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -220,11 +219,9 @@ def _model_states(pieces: Pieces) -> dict[str, Any]:
 
 
 def _save(content: object, path: Path) -> None:
+    """Write one file; not synced: there are four a parameter, and a run can write them again."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as handle:
-        torch.save(content, handle)
-        handle.flush()
-        os.fsync(handle.fileno())
+    torch.save(content, path)
 
 
 # --- in ------------------------------------------------------------------------------------
@@ -290,7 +287,9 @@ def read(source: Path, root: Path, model: Model, recipe_hash: str, step: int | N
     if not found.steps and not found.faults:
         found.steps |= _common_steps(folder)
     if len(found.steps) > 1:
-        found.faults.append(f"parameters have made different numbers of steps: {found.steps}")
+        found.faults.append(
+            f"parameters have made different numbers of steps: {sorted(found.steps)}"
+        )
     _refuse(folder, found.faults)
     later = [path for path in store.committed(root) if store.step_of(path) >= ours.state["step"]]
     if later:
