@@ -67,6 +67,12 @@ class Facts:
         """Whether the run trains a parameter."""
         return self.spec.is_trained(self.recipe.model, self.recipe.train.freeze, name)
 
+    def is_recomputed(self, layer: str) -> bool:
+        """Whether the activations of a layer are computed again in the backward pass."""
+        # the head's forward is one product and the stem's one convolution: little to save there
+        heavy = "blocks" in layer or layer == "causal"
+        return heavy and self.recipe.parallel.recompute is Recompute.full
+
     def trained(self, layer: LayerCensus) -> dict[str, tuple[int, ...]]:
         """The parameters of a layer that are trained."""
         return {n: s for n, s in layer.shapes.items() if self.is_trained(n)}

@@ -44,7 +44,7 @@ from mmtrain.models.spec import BatchShape, ModelSpec
 from mmtrain.ops import select
 from mmtrain.parallel.build import Builder, Construction, Fold, Stage, canonical_parameters
 from mmtrain.parallel.mesh import Mesh, open_mesh
-from mmtrain.settings import Phase, Precision, Recipe, Recompute, SourceConfig
+from mmtrain.settings import Phase, Precision, Recipe, SourceConfig
 from mmtrain.train import loop
 from mmtrain.train.ema import Ema
 from mmtrain.train.engine import Engine, EngineSettings, FoldEngine, StageEngine
@@ -218,14 +218,12 @@ def build_engine(setting: Setting, mesh: Mesh) -> Engine:
 
 def _construction(setting: Setting) -> Construction:
     recipe, spec = setting.recipe, setting.spec
-    recomputed = recipe.parallel.recompute is Recompute.full
     return Construction(
         plan=spec.plan,
         initial=initial_weights(recipe, spec, setting.shapes, setting.vocabulary),
         fields=spec.fields,
         is_trained=setting.facts.is_trained,
-        # the head's forward is one product and the stem's one convolution: little to save there
-        recomputed=lambda name: recomputed and ("blocks" in name or name == "causal"),
+        recomputed=setting.facts.is_recomputed,
         sequence=recipe.parallel.sequence,
         partition=recipe.parallel.zero_stage == 3,
         dtype=torch.bfloat16 if recipe.train.precision is Precision.bf16 else torch.float32,

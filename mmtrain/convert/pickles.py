@@ -17,7 +17,7 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def read_pickle(path: Path) -> dict[str, Stored]:
     Raises:
         ContentError: the file wants to run code, is damaged, or holds no state dict.
     """
-    found = _unwrapped(_load(path))
+    found = _unwrapped(load_frame(path))
     if not isinstance(found, Mapping):
         raise ContentError(
             f"{path}: holds a {type(found).__name__}; expected a state dict (name to tensor), bare "
@@ -66,10 +66,11 @@ def read_pickle(path: Path) -> dict[str, Stored]:
         )
     if all(name.startswith(_PREFIX) for name in found):
         found = {name.removeprefix(_PREFIX): tensor for name, tensor in found.items()}
-    return {name: _stored(path, tensor) for name, tensor in found.items()}
+    return {name: stored(path, tensor) for name, tensor in found.items()}
 
 
-def _stored(path: Path, tensor: Tensor) -> Stored:
+def stored(path: Path, tensor: Tensor) -> Stored:
+    """A tensor of `load_frame`, to be read when it is asked for."""
     info = info_of(tensor)
     if not isinstance(tensor, FakeTensor):
         return Stored(info, lambda: tensor)
@@ -86,10 +87,20 @@ def _stored(path: Path, tensor: Tensor) -> Stored:
     return Stored(info, read)
 
 
-def _load(path: Path) -> Any:
+def load_frame(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
+    """What a file holds, its tensors without numbers.
+
+    Args:
+        path: the file.
+        stand_ins: our own classes in the place of others that a file names, as in
+            `(Nothing, "deepspeed.runtime.zero.config.ZeroStageEnum")`: theirs are not called.
+
+    Raises:
+        ContentError: the file wants to run code, or is damaged.
+    """
     try:
         if zipfile.is_zipfile(path):
-            with FakeTensorMode():
+            with FakeTensorMode(), torch.serialization.safe_globals(list(stand_ins)):
                 return torch.load(path, map_location="cpu", weights_only=True)
         # files of torch before 1.6 do not say where their numbers are
         log.info("%s: no zip archive; the whole file is read to memory", path)
