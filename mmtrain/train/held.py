@@ -4,9 +4,11 @@ The same list is what a checkpoint is written from and read into. DeepSpeed lays
 of many parameters in flat buffers, cut where the data ranks' parts end; its own maps say which
 numbers of which parameter lie where (0.19.8):
 
-    ZeRO-1, 2, bf16    `parameter._hp_mapping` (utils/tensor_fragment.py), None = not on this rank
+    ZeRO-1, 2, stages  `parameter._hp_mapping` (utils/tensor_fragment.py), None = not on this rank
     ZeRO-3             `optimizer.grad_position` (runtime/zero/stage3.py), offsets in a sub-group
-    ZeRO-0 in fp32     torch's optimizer over the parameters themselves
+    bf16 under ZeRO-0  `fp32_groups` of runtime/fp16/unfused_optimizer.py, one copy a parameter, or
+                       `fp32_groups_flat` of fused_optimizer.py (apex's and DeepSpeed's Adam)
+    fp32 under ZeRO-0  torch's optimizer over the parameters themselves
 """
 
 from collections.abc import Iterator
@@ -159,7 +161,7 @@ def _slots(engine: Engine, names: dict[int, str]) -> Iterator[_Slot]:
         return
     for groups, flats in (
         ("bit16_groups", "single_partition_of_fp32_groups"),  # ZeRO-1 and 2
-        ("bf16_groups", "fp32_groups_flat_partition"),  # bf16 without ZeRO
+        ("bf16_groups", "fp32_groups_flat_partition"),  # bf16 stages
     ):
         if not hasattr(optimizer, flats):
             continue
@@ -172,8 +174,25 @@ def _slots(engine: Engine, names: dict[int, str]) -> Iterator[_Slot]:
                 inside, outside = mapped.lp_fragment_address, mapped.hp_fragment_address
                 yield _Slot(name, inside.start, flat, outside.start, outside.numel, True, False)
         return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = names.get(id(parameter))
-            if name is not None:
-                yield _Slot(name, 0, parameter, 0, parameter.numel(), False, True)
+    for parameter, master, offset, is_copy in _replicated(optimizer):
+        name = names.get(id(parameter))
+        if name is not None:
+            yield _Slot(name, 0, master, offset, parameter.numel(), is_copy, True)
+
+
+def _replicated(optimizer: Any) -> Iterator[tuple[Tensor, Tensor, int, bool]]:
+    """Without ZeRO: parameter, its master, its place there, and whether the master is a copy."""
+    if hasattr(optimizer, "fp32_groups_flat"):
+        for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+            offset = 0
+            for parameter in parameters:
+                yield parameter, flat, offset, True
+                offset += parameter.numel()
+    elif hasattr(optimizer, "fp32_groups"):
+        for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for parameter, master in zip(parameters, masters, strict=True):
+                yield parameter, master, 0, True
+    else:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield parameter, parameter, 0, False

@@ -38,6 +38,7 @@ def bench(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         monkeypatch.setattr(script, name, size)
     monkeypatch.setattr(script, "ceilings", lambda: Ceilings(1e9, 1e12))
     monkeypatch.setattr(script, "compiled", lambda run: run)
+    monkeypatch.setattr(select, "no_kernels", lambda: "")  # they are chosen, and do not run
     monkeypatch.setattr(script, "rotations", lambda size: 2)
     monkeypatch.setattr(measure, "circumstances", lambda: {"gpu": "none"})
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
