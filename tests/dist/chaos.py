@@ -46,7 +46,9 @@ RUN = (
     "log.images_every_steps=0",
     "log.modules_every_steps=0",
 )
-MEASURED = ("tokens_per_second", "images_per_second", "step_seconds", "data_seconds", "mfu")
+MEASURED = (
+    "tokens_per_second", "images_per_second", "step_seconds", "data_seconds", "mfu", "peak_tflops",
+)  # fmt: skip
 PEER_SECONDS = 60.0  # ranks that outlive a killed one by more are a fault
 
 
@@ -184,9 +186,18 @@ class Campaign:
             if not world.wait(600) or any(world.codes.values()):
                 self._fault(f"{name}: left alone, it ended with {world.codes}\n{self._log()}")
                 world.end()
-        if not self.tally.faults and curve(run) != self.whole:
-            self._fault(f"{name}: the stitched curve is not that of the run without kills")
+        if not self.tally.faults and (difference := self._difference(curve(run))):
+            self._fault(f"{name}: not the curve of the run without kills: {difference}")
         shutil.rmtree(run, ignore_errors=True)
+
+    def _difference(self, found: list[dict[str, Any]]) -> str:
+        """Where a curve first leaves that of the run without kills; empty when it does not."""
+        for line, wanted in zip(found, self.whole, strict=False):
+            for key in line.keys() | wanted.keys():
+                if line.get(key) != wanted.get(key):
+                    step = wanted["step"]
+                    return f"step {step}: {key} is {line.get(key)}, not {wanted.get(key)}"
+        return "" if len(found) == len(self.whole) else f"it has {len(found)} lines"
 
     def _ends_before_its_kill(self, name: str, run: Path) -> bool:
         tally, before = self.tally, newest(run)
