@@ -208,7 +208,8 @@ class Campaign:
                 self._fault(f"{name}: nobody killed it, it ended with {world.codes}\n{self._log()}")
             return True
         victim = self.chance.choice(sorted(world.running))
-        made = len((run / "metrics.jsonl").read_text().splitlines()) if run.exists() else 0
+        lines = run / "metrics.jsonl"
+        made = len(lines.read_text().splitlines()) if lines.exists() else 0
         world.kill(victim)
         tally.kills += 1
         killed = time.monotonic()
