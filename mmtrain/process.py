@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,36 @@ _PR_SET_PDEATHSIG = 1
 _CLOCK_MONOTONIC = 1
 _SIGEV_THREAD = 2
 _DEEPSPEED = "deepspeed"
+_IMPORTED = time.monotonic()
+
+
+class StartUp:
+    """Where the time from the start of this process to its first step goes."""
+
+    def __init__(self) -> None:
+        """What lies before is the first phase, of imports."""
+        self._seconds: dict[str, float] = {}
+        self._last = 0.0
+        self.passed("imports")
+
+    def passed(self, phase: str) -> None:
+        """End a phase, which began where the one before ended."""
+        now = _age_seconds()
+        self._seconds[phase] = now - self._last
+        self._last = now
+
+    def __str__(self) -> str:
+        """As in `7.2 s after its start: imports 5.9, groups 0.4`."""
+        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._seconds.items())
+        return f"{self._last:.1f} s after its start: {phases}"
+
+
+def _age_seconds() -> float:
+    """Since this process was started (proc(5), field 22); since its imports elsewhere."""
+    if sys.platform != "linux":
+        return time.monotonic() - _IMPORTED
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def die_with_parent() -> None:

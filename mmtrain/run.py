@@ -44,6 +44,7 @@ from mmtrain.models.spec import BatchShape, ModelSpec
 from mmtrain.ops import select
 from mmtrain.parallel.build import Builder, Construction, Fold, Stage, canonical_parameters
 from mmtrain.parallel.mesh import Mesh, open_mesh
+from mmtrain.process import StartUp
 from mmtrain.settings import Phase, Precision, Recipe, SourceConfig
 from mmtrain.train import loop
 from mmtrain.train.ema import Ema
@@ -93,23 +94,30 @@ def read_setting(recipe: Recipe) -> Setting:
 
 def train(recipe: Recipe, watch: Watch) -> int:
     """Train a checked recipe on the ranks that the launcher started; returns an exit code."""
+    start = StartUp()
     setting = read_setting(recipe)
     layout = recipe.parallel
+    start.passed("recipe")
     with open_mesh(_dims(recipe), layout.timeout_seconds) as mesh, watch.reporting():
         logs.quiet_engines()
         opened = mesh.gather(_open_folder(setting, watch) if mesh.rank == 0 else None)[0]
         if isinstance(opened, MmtrainError):
             raise opened
         watch.admit(opened)
+        start.passed("groups")
         engine = build_engine(setting, mesh)
+        start.passed("model")
         root = setting.folder / "checkpoints"
         ema = Ema(engine, recipe.train.ema) if recipe.train.ema else None
         found = newest_sound(root, mesh)
         state = restore(engine, ema, found) if found else TrainState()
         if found:
             log.info("goes on from %s", found)
+        start.passed("checkpoint")
         _write_recipe(setting, mesh, state)
         parts = _parts(setting, mesh, engine, ema, state)
+        start.passed("data")
+        log.info("step %d begins %s", state.step + 1, start)
         try:
             with logging_redirect_tqdm([logging.getLogger(logs.ROOT)]):
                 state = loop.run(parts, _loop_plan(recipe), state, watch)

@@ -1,10 +1,13 @@
 """Processes that end when they should."""
 
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,3 +58,19 @@ def test_signals_are_heard_before_anything_heavy_is_imported() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20
     )
     assert done.stdout == f"{signal.SIGTERM.name} []\n"
+
+
+def test_a_start_says_where_its_time_went() -> None:
+    code = (
+        "import time; time.sleep(0.3); from mmtrain.process import StartUp; start = StartUp()\n"
+        "time.sleep(0.2); start.passed('groups'); print(start)"
+    )
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    found = re.fullmatch(
+        r"([\d.]+) s after its start: imports ([\d.]+), groups ([\d.]+)\n", done.stdout
+    )
+    assert found, done.stdout
+    whole, imports, groups = map(float, found.groups())
+    assert imports >= 0.3 and groups >= 0.2
+    assert whole == pytest.approx(imports + groups, abs=0.11)
