@@ -38,7 +38,7 @@ SlurmdUser={user}
 AuthType=auth/munge
 CryptoType=crypto/munge
 # a requeued job begins no sooner than its old credential expires: 2 minutes by default
-AuthInfo=socket={folder}/munge.socket,cred_expire=4
+AuthInfo=socket={folder}/munge.socket,cred_expire=20
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -136,14 +136,14 @@ class Cluster:
             timeout=60,
         )
         if done.returncode:
-            raise subprocess.CalledProcessError(
-                done.returncode, command, done.stdout, done.stderr
-            )
+            raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
         return done.stdout
 
     def job(self, job: str) -> dict[str, str]:
         """The fields of `scontrol show job`."""
-        return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", job)))
+        return dict(
+            re.findall(r"(\w+)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", job))
+        )
 
     def node(self, node: str) -> str:
         """A node's state, as in `IDLE`, `DOWN*`."""
