@@ -6,6 +6,7 @@ handlers before them.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from mmtrain import __version__, log
 from mmtrain.errors import ExitCode, MmtrainError, RecipeError
 from mmtrain.layout.ranks import launched
+from mmtrain.process import die_with_parent
 
 Arguments = argparse.Namespace
 
@@ -29,6 +31,7 @@ examples:
   mmtrain data shapes demo_data --documents 4000     make demo data
   mmtrain data chat llava.json chat --images coco    conversations as shards
   mmtrain check configs/emu/demo.yaml                all faults of a recipe, or its facts
+  mmtrain check runs/demo                            every byte of a run's checkpoints
   mmtrain plan configs/emu/14b_pretrain.yaml --world 128
   mmtrain train configs/emu/demo.yaml parallel.tensor=1 train.steps=100
   torchrun --nproc-per-node 2 -m mmtrain train configs/emu/demo.yaml
@@ -80,20 +83,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: Arguments) -> int:
+    from mmtrain.train.signals import Listener
+
+    place = launched(os.environ)
+    if place.by_launcher:  # else by a shell, which may end while training goes on
+        die_with_parent()
+    listener = Listener()
     from mmtrain.recipe import load
 
-    recipe = load(arguments.recipe, arguments.overrides, launched(os.environ).world_size)
+    recipe = load(arguments.recipe, arguments.overrides, place.world_size)
+    listener.stop_before_limit(os.environ, recipe.watch.stop_before_limit_seconds)
     log.quiet_imports()
     import torch
 
     if not torch.cuda.is_available():  # DeepSpeed guesses at its import, and warns
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from mmtrain.run import train
+    from mmtrain.train.watch import Watch, budgets_of
 
-    return train(recipe)
+    watch = Watch(Path(recipe.output) / recipe.name, place, budgets_of(recipe), listener)
+    with contextlib.closing(watch), watch.reporting():
+        return train(recipe, watch)
 
 
 def _check(arguments: Arguments) -> int:
+    if arguments.recipe.is_dir():
+        from mmtrain.checkpoint.audit import audit
+
+        if arguments.overrides or arguments.world is not None:
+            arguments.parser.error("KEY=VALUE and --world go with a recipe, not with a run folder")
+        audit(arguments.recipe)
+        return ExitCode.DONE
     from mmtrain.facts import describe
     from mmtrain.recipe import examine
 
@@ -213,15 +233,17 @@ def _slurm(arguments: Arguments) -> int:
     return ExitCode.DONE
 
 
-def _takes_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the YAML of the run")
+def _takes_recipe(
+    parser: argparse.ArgumentParser, name: str = "RECIPE", what: str = "the YAML of the run"
+) -> None:
+    parser.add_argument("recipe", type=Path, metavar=name, help=what)
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="override of a dotted key of the recipe"
     )
 
 
-def _takes_recipe_and_world(parser: argparse.ArgumentParser) -> None:
-    _takes_recipe(parser)
+def _takes_check(parser: argparse.ArgumentParser) -> None:
+    _takes_recipe(parser, "RECIPE|RUN", "the YAML of a run, or the folder of one")
     parser.add_argument(
         "--world", type=_positive, metavar="N", help="number of ranks the layout must fit"
     )
@@ -473,7 +495,7 @@ def _takes_slurm(parser: argparse.ArgumentParser) -> None:
 
 COMMANDS = (
     Command("train", "train a recipe", _takes_recipe, _train),
-    Command("check", "all faults of a recipe, or its facts", _takes_recipe_and_world, _check),
+    Command("check", "all faults of a recipe, or its facts; or of a run", _takes_check, _check),
     Command("slurm", "submit a recipe to Slurm, or print its script", _takes_slurm, _slurm),
     Command("plan", "stages, memory and batch on N ranks", _takes_plan, _plan),
     Command("data shapes", "write demo data: coloured shapes", _takes_shapes, _data_shapes),

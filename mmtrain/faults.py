@@ -44,6 +44,10 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("validate.packs", 1, math.inf),
     ("save.every_steps", 0, math.inf),
     ("save.keep", 1, math.inf),
+    ("watch.stall_seconds", 0, math.inf),
+    ("watch.setup_seconds", 0, math.inf),
+    ("watch.save_seconds", 0, math.inf),
+    ("watch.stop_before_limit_seconds", 0, math.inf),
 )
 
 

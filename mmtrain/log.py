@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 ROOT = "mmtrain"
+FILE = "log.txt"  # in the run's folder
 # engines that report their own start-up at length on every rank
 _TALKATIVE = ("DeepSpeed", "megatron", "streaming", "transformers", "torch.distributed")
 

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +33,7 @@ from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.decoder.conditions import Samples
 from mmtrain.decoder.job import DecoderJob, look_at_pairs
-from mmtrain.errors import ExitCode
+from mmtrain.errors import ExitCode, MmtrainError, StorageError
 from mmtrain.evaluate import session
 from mmtrain.facts import Facts, collect, positions_of_a_pack
 from mmtrain.initial import initial_weights
@@ -51,7 +52,9 @@ from mmtrain.train.metrics import Reporter, Work
 from mmtrain.train.optim import Filled, build_optimizer, choose, parameter_groups, used_groups
 from mmtrain.train.peak import peak_tflops
 from mmtrain.train.save import Saver, Target, newest_sound, restore
+from mmtrain.train.signals import Listener
 from mmtrain.train.state import TrainState
+from mmtrain.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -86,17 +89,18 @@ def read_setting(recipe: Recipe) -> Setting:
     return Setting(recipe, spec, vocabulary, layout, facts, shapes)
 
 
-def train(recipe: Recipe) -> int:
+def train(recipe: Recipe, watch: Watch) -> int:
     """Train a checked recipe on the ranks that the launcher started; returns an exit code."""
     setting = read_setting(recipe)
     layout = recipe.parallel
-    with open_mesh(_dims(recipe), layout.timeout_seconds) as mesh:
+    with open_mesh(_dims(recipe), layout.timeout_seconds) as mesh, watch.reporting():
         logs.quiet_engines()
-        if mesh.rank == 0:
-            _open_folder(setting)
+        opened = mesh.gather(_open_folder(setting, watch) if mesh.rank == 0 else None)[0]
+        if isinstance(opened, MmtrainError):
+            raise opened
+        watch.admit(opened)
         engine = build_engine(setting, mesh)
         root = setting.folder / "checkpoints"
-        mesh.barrier()  # the folder is there
         ema = Ema(engine, recipe.train.ema) if recipe.train.ema else None
         found = newest_sound(root, mesh)
         state = restore(engine, ema, found) if found else TrainState()
@@ -106,12 +110,14 @@ def train(recipe: Recipe) -> int:
         parts = _parts(setting, mesh, engine, ema, state)
         try:
             with logging_redirect_tqdm([logging.getLogger(logs.ROOT)]):
-                loop.run(parts, _loop_plan(recipe), state)
+                loop.run(parts, _loop_plan(recipe), state, watch)
         finally:
             if parts.reporter is not None:
                 parts.reporter.close()
+        if state.step < recipe.train.steps:
+            return watch.stopped(mesh)
         log.info("done: %d steps, %d tokens; %s", state.step, state.tokens_seen, setting.folder)
-    return ExitCode.DONE
+        return watch.done()
 
 
 def _dims(recipe: Recipe) -> ParallelDims:
@@ -136,10 +142,33 @@ def _loop_plan(recipe: Recipe) -> loop.Plan:
     )
 
 
-def _open_folder(setting: Setting) -> None:
-    setting.folder.mkdir(parents=True, exist_ok=True)
-    logs.add_file(setting.folder / "log.txt")
-    store.sweep(setting.folder / "checkpoints")
+def _open_folder(setting: Setting, watch: Watch) -> int | MmtrainError:
+    """Make the run's folder and tidy it; returns the number of the attempt, or what forbids it."""
+    folder = setting.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        watch.occupy()
+        logs.add_file(folder / logs.FILE)
+        root = folder / "checkpoints"
+        root.mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=root):
+            pass  # told now, not at the first save
+    except OSError as error:
+        return StorageError(
+            f"{folder}: cannot be written: {error}; mend it, or choose another with output="
+        )
+    except MmtrainError as error:
+        return error
+    store.sweep(root)
+    saved = store.committed(root)
+    try:
+        return watch.begin(_hash(setting.recipe), store.step_of(saved[-1]) if saved else 0)
+    except MmtrainError as error:
+        return error
+
+
+def _hash(recipe: Recipe) -> str:
+    return hashlib.sha256(recipes.to_yaml(recipe).encode()).hexdigest()
 
 
 def _write_recipe(setting: Setting, mesh: Mesh, state: TrainState) -> None:
@@ -370,7 +399,7 @@ def _decoder_parts(
 
 def _evaluation(
     setting: Setting, mesh: Mesh, reporter: Reporter | None
-) -> Callable[[Path], None] | None:
+) -> Callable[[Path, Listener], None] | None:
     """Rank 0 asks a checkpoint the tasks of the recipe; the others wait."""
     config = setting.recipe.evaluate
     if not config.every_steps:
@@ -378,9 +407,9 @@ def _evaluation(
     wait = mesh.patient_barrier(config.timeout_seconds)
     assignment = session.assignment_of(setting.folder, setting.recipe)
 
-    def evaluate(checkpoint: Path) -> None:
+    def evaluate(checkpoint: Path, listener: Listener) -> None:
         if reporter is not None:
-            session.record(assignment, checkpoint.name, reporter.board)
+            session.record(assignment, checkpoint.name, reporter.board, listener.interrupting)
         wait()
 
     return evaluate
@@ -394,7 +423,7 @@ def _saver(setting: Setting, engine: Engine, ema: Ema | None, reporter: Reporter
         keep_every_steps=recipe.save.keep_every_steps,
         plan=setting.spec.plan,
         shapes=setting.shapes,
-        recipe_hash=hashlib.sha256(recipes.to_yaml(recipe).encode()).hexdigest(),
+        recipe_hash=_hash(recipe),
     )
     report = reporter.saved if reporter is not None else lambda saved: None
     return Saver(engine, ema, target, recipe.save.background, report)

@@ -237,6 +237,18 @@ class SaveConfig:
     background: bool = True  # write while training goes on; the host holds one copy
 
 
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """When a rank that does not move is ended (exit code 86), and how a time limit is met."""
+
+    # of one step, waiting for data included; 0 = no limit. At most parallel.timeout_seconds, else
+    # a collective fails first
+    stall_seconds: float = 600.0
+    setup_seconds: float = 1800.0  # from the start to the first step; 0 = no limit
+    save_seconds: float = 1800.0  # of what a save holds up training for; 0 = no limit
+    stop_before_limit_seconds: float = 120.0  # of the Slurm job; the run saves and ends with 85
+
+
 class Condition(Enum):
     """What the visual decoder is told a picture by."""
 
@@ -352,4 +364,5 @@ class Recipe:
     log: LogConfig = field(default_factory=LogConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmtrain.data.assemble import Failure
 from mmtrain.data.pack import Mark, PackPlan, Plan
 from mmtrain.errors import ContentError, Problem, RecipeError, StorageError
+from mmtrain.process import become_worker, kill_workers_at_exit
 
 log = logging.getLogger(__name__)
 
@@ -232,6 +233,8 @@ def _take(results: Iterator[_Result[Made]]) -> _Result[Made]:
 def _results(
     assembler: Assembles[Made], work: Iterator[_Work], workers: int, timeout_seconds: float
 ) -> Iterator[_Result[Made]]:
+    if workers:
+        kill_workers_at_exit()
     loader: DataLoader[Any] = DataLoader(
         _Bench(assembler),
         sampler=_Once(work),
@@ -242,6 +245,7 @@ def _results(
         # random numbers and break bitwise resume
         generator=torch.Generator().manual_seed(0),
         prefetch_factor=2 if workers else None,
+        worker_init_fn=become_worker,
     )
     return iter(loader)
 

@@ -9,7 +9,8 @@ tuning its held-out conversations, of a decoder its pictures.
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from mmtrain.evaluate.tasks import run_task
 from mmtrain.generation.artist import Artist, Style
 from mmtrain.schema import suggestion
 from mmtrain.settings import Phase, Recipe, TaskConfig, TaskKind
+from mmtrain.train.signals import Interrupted
 
 log = logging.getLogger(__name__)
 
@@ -164,17 +166,38 @@ def watch(assignment: Assignment) -> int:
     return ExitCode.DONE
 
 
-def record(assignment: Assignment, checkpoint: str, board: SummaryWriter) -> None:
-    """Evaluate a checkpoint for the curves of a run; a fault is logged, and training goes on."""
+def record(
+    assignment: Assignment,
+    checkpoint: str,
+    board: SummaryWriter,
+    interrupting: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
+    """Evaluate a checkpoint for the curves of a run; a fault is logged, and training goes on.
+
+    Args:
+        assignment: what is asked.
+        checkpoint: its name.
+        board: where curves are drawn.
+        interrupting: what lets a request to end the run break off the asking.
+    """
     began = time.perf_counter()
     try:
         # what is drawn here must not move the generators of training
         cuda = torch.cuda.is_available()
-        with torch.random.fork_rng([torch.cuda.current_device()] if cuda else []):
+        devices = [torch.cuda.current_device()] if cuda else []
+        with torch.random.fork_rng(devices), interrupting():
             results, failed = ask_all(assignment, checkpoint)
         _record(assignment, checkpoint, board, results)
         if cuda:
             torch.cuda.empty_cache()  # training had the device to itself
+    except Interrupted:
+        log.warning(
+            "evaluation of %s broken off; it is asked by: mmtrain evaluate %s --checkpoint %s",
+            checkpoint,
+            assignment.run,
+            checkpoint,
+        )
+        return
     except MmtrainError as error:
         log.error("evaluation of %s: %s", checkpoint, error)
         return

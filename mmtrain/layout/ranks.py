@@ -7,18 +7,19 @@ reserved numbers, slurm.h: SLURM_MAX_NORMAL_STEP_ID).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _RESERVED_STEPS = 0xFFFFFFF0  # batch, extern, interactive and pending steps lie above
 
 
 @dataclass(frozen=True)
 class Launched:
-    """Place of a process among those started together."""
+    """Place of a process among those started together, and whether a launcher started it."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    by_launcher: bool = field(default=False, compare=False)
 
 
 def launched(environment: Mapping[str, str]) -> Launched:
@@ -30,4 +31,4 @@ def launched(environment: Mapping[str, str]) -> Launched:
     else:
         return Launched()
     rank, local_rank, world_size = (int(environment.get(name, "0")) for name in names)
-    return Launched(rank, local_rank, max(1, world_size))
+    return Launched(rank, local_rank, max(1, world_size), by_launcher=True)

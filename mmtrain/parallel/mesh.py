@@ -73,6 +73,10 @@ class Mesh:
         dist.all_gather_object(out, value)
         return out
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether it holds on any rank."""
+        return bool(self.sum_over_world(torch.tensor([float(flag)])).item())
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.sum_over_world(torch.zeros(1))

@@ -14,7 +14,9 @@ from mmtrain.train.engine import Engine
 from mmtrain.train.metrics import Reporter
 from mmtrain.train.optim import rate_factor
 from mmtrain.train.save import Saver
+from mmtrain.train.signals import Listener
 from mmtrain.train.state import TrainState
+from mmtrain.train.watch import Watch
 
 Step = Sequence[Batch]  # micro-batches of one optimizer step on one data rank
 
@@ -72,21 +74,22 @@ class Parts:
     draw: Callable[[Step], Image] | None
     save: Callable[[TrainState], None]
     saver: Saver
-    evaluate: Callable[[Path], None] | None = None
+    evaluate: Callable[[Path, Listener], None] | None = None
     ema: Ema | None = None
     sketch: Callable[[int], Image | None] | None = None
 
 
-def run(parts: Parts, plan: Plan, state: TrainState) -> TrainState:
-    """Train from `state.step` to the last step.
+def run(parts: Parts, plan: Plan, state: TrainState, watch: Watch) -> TrainState:
+    """Train from `state.step` to the last step, or to the one in which the end is asked for.
 
     Every rank calls it; saving and validating are collectives and happen at the same steps.
     """
     engine, reporter = parts.engine, parts.reporter
     saved = state.step
-    while state.step < plan.steps:
+    while not watch.ends(engine.mesh, state.step) and state.step < plan.steps:
         asked = perf_counter()
-        batches = next(parts.batches) if parts.batches is not None else None
+        with watch.section("data"):
+            batches = next(parts.batches) if parts.batches is not None else None
         waited = perf_counter() - asked
         number = state.step + 1
         engine.norms.wanted = _due(number, plan.log.modules_every_steps)
@@ -106,28 +109,34 @@ def run(parts: Parts, plan: Plan, state: TrainState) -> TrainState:
             if reporter is not None and picture is not None:
                 reporter.picture(number, "samples", picture)
         if parts.heldout and _due(number, plan.validate.every_steps):
-            validate(parts, number)
+            validate(parts, number, watch)
         evaluates = parts.evaluate is not None and (
             _due(number, plan.evaluate_every_steps) or number == plan.steps
         )
         parts.saver.poll()
         if _due(number, plan.saving.every_steps) or evaluates:
-            parts.save(state)
+            with watch.section("save"):
+                parts.save(state)
             saved = number
         if parts.evaluate is not None and evaluates:
-            parts.evaluate(parts.saver.finish(number))
-    if saved != state.step:
-        parts.save(state)
-    parts.saver.finish(state.step)
+            with watch.section("save"):
+                folder = parts.saver.finish(number)
+            with watch.section("evaluate"):
+                parts.evaluate(folder, watch.listener)
+    with watch.section("save"):
+        if saved != state.step:
+            parts.save(state)
+        parts.saver.finish(state.step)
     return state
 
 
-def validate(parts: Parts, step: int) -> None:
+def validate(parts: Parts, step: int, watch: Watch) -> None:
     """Held-out losses of every source; a collective."""
     means = {}
     for source in parts.heldout:
-        batches = source.batches() if source.batches is not None else None
-        means[source.name] = parts.engine.evaluate(batches, source.micro_batches).means()
+        with watch.section("validate"):
+            batches = source.batches() if source.batches is not None else None
+            means[source.name] = parts.engine.evaluate(batches, source.micro_batches).means()
     if parts.reporter is not None:
         parts.reporter.heldout(step, means)
 

@@ -27,7 +27,7 @@ from mmtrain import __version__
 from mmtrain.checkpoint import store
 from mmtrain.checkpoint.manifest import FileEntry, Manifest, WeightEntry
 from mmtrain.checkpoint.pieces import MASTER, MEAN, WEIGHT, Pieces, Place, key_of
-from mmtrain.errors import ContentError, StorageError
+from mmtrain.errors import ContentError, MissingError, StorageError
 from mmtrain.layout.plan import TensorPlan
 from mmtrain.parallel.build import canonical_parameters
 from mmtrain.parallel.mesh import Mesh
@@ -332,16 +332,18 @@ def newest_sound(root: Path, mesh: Mesh) -> Path | None:
         ContentError: there are checkpoints, and all of them are damaged.
     """
     candidates: list[Path] = mesh.gather(list(reversed(store.committed(root))))[0]
+    damaged: dict[Path, str] = {}
     for folder in candidates:
         wrong = [fault for part in mesh.gather(_own_faults(folder, mesh)) for fault in part]
         if not wrong:
+            for bad, reason in damaged.items() if mesh.rank == 0 else ():
+                store.set_aside(bad, f"damaged, {folder.name} is used: {reason}")
             return folder
-        if mesh.rank == 0:
-            store.set_aside(folder, f"damaged, an earlier checkpoint is used: {wrong[0]}")
+        damaged[folder] = wrong[0]
     if not candidates:
         return None
     raise ContentError(
-        f"{root}: all of the {len(candidates)} checkpoint(s) are damaged, the newest: {wrong[0]}; "
+        f"{root}: damaged, with no sound checkpoint to go back to: {'; '.join(damaged.values())}; "
         "bring one back, or name another run to start from nothing"
     )
 
@@ -350,7 +352,7 @@ def _own_faults(folder: Path, mesh: Mesh) -> list[str]:
     """What is wrong with this rank's share of a checkpoint's files."""
     try:
         files = sorted(Manifest.read(folder).files)
-    except (ContentError, OSError) as error:
+    except (ContentError, MissingError, OSError) as error:
         return [str(error)]
     share = files[mesh.rank :: mesh.dims.world_size]
     return [str(fault) for fault in store.faults(folder, share)]

@@ -1,10 +1,13 @@
 """Starts ranks quickly: one process imports everything once, then forks a world for each request.
 
-Reads one JSON request a line (`folder`, `world`, `argv`, `env`, `log`), answers with the exit
-codes. Every rank calls `mmtrain.cli.main(argv)`, the function behind the `mmtrain` command, with the
-environment a launcher would give it.
+Reads one JSON request a line (`folder`, `world`, `argv`, `env`, `log`), answers with the process
+ids of its ranks. `{"codes": [ids]}` answers with the exit code of each, null while it runs. Every rank calls `mmtrain.cli.main(argv)`, the function behind the `mmtrain` command, with the
+environment a launcher would give it. A request may hold `patch`, as in `module:function:word`: that
+function of a module of this folder is called with the rank and the word first, to make something
+fail that does not fail by itself.
 """
 
+import importlib
 import json
 import os
 import socket
@@ -39,6 +42,9 @@ def become_rank(rank: int, request: dict[str, Any], port: int) -> None:
     try:
         from mmtrain.cli import main
 
+        if request.get("patch"):
+            module, function, word = request["patch"].split(":", 2)
+            getattr(importlib.import_module(module), function)(rank, word)
         code = int(main(request["argv"]))
     except SystemExit as leaving:
         code = int(leaving.code or 0)
@@ -50,6 +56,16 @@ def become_rank(rank: int, request: dict[str, Any], port: int) -> None:
         os._exit(code)
 
 
+def ended(pid: int, codes: dict[int, int]) -> int | None:
+    """Exit code of a rank, as soon as it has one; `codes` keeps those that were collected."""
+    if pid not in codes:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if not found:
+            return None
+        codes[pid] = os.waitstatus_to_exitcode(status)
+    return codes[pid]
+
+
 def main() -> None:
     """Serve requests until standard input ends."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -58,16 +74,19 @@ def main() -> None:
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    codes: dict[int, int] = {}
     for line in sys.stdin:
         request, port = json.loads(line), free_port()
+        if "codes" in request:
+            answers.write(json.dumps([ended(pid, codes) for pid in request["codes"]]) + "\n")
+            continue
         children = []
         for rank in range(request["world"]):
             child = os.fork()
             if child == 0:
                 become_rank(rank, request, port)
             children.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        answers.write(json.dumps(codes) + "\n")
+        answers.write(json.dumps(children) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +28,69 @@ class Forge:
             text=True,
         )
 
-    def start(self, request: dict[str, Any]) -> list[int]:
-        """Exit codes of the ranks of one request."""
+    def ask(self, request: dict[str, Any]) -> Any:
+        """Its answer to one request."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        codes: list[int] = json.loads(self._process.stdout.readline())
-        return codes
+        return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
         """End it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(30)
+
+
+class Ranks:
+    """Ranks that run: signal them, wait for them, read what they said."""
+
+    def __init__(self, forge: Forge, pids: list[int], log: Path) -> None:
+        """Take what the forge has started."""
+        self.pids = pids
+        self._forge, self._log = forge, log
+
+    def codes(self) -> list[int | None]:
+        """Exit code of each rank; None while it runs, negative when a signal killed it."""
+        codes: list[int | None] = self._forge.ask({"codes": self.pids})
+        return codes
+
+    def signal(self, rank: int, number: int) -> None:
+        """Send a signal to one rank."""
+        os.kill(self.pids[rank], number)
+
+    def kill(self) -> None:
+        """End what still runs."""
+        for rank, code in enumerate(self.codes()):
+            if code is None:
+                self.signal(rank, signal.SIGKILL)
+
+    def wait(self, seconds: float = 300, ranks: Sequence[int] | None = None) -> list[int | None]:
+        """Exit codes of some ranks (all) as soon as they have ended; the time up, all are killed."""
+        ranks = range(len(self.pids)) if ranks is None else ranks
+        patience = time.monotonic() + seconds
+        while None in (codes := [self.codes()[rank] for rank in ranks]):
+            if time.monotonic() > patience:
+                self.kill()
+                raise TimeoutError(f"exit codes {codes} after {seconds} s\n{self.text()}")
+            time.sleep(0.02)
+        return codes
+
+    def wait_until(self, holds: Callable[[], Any], seconds: float = 120) -> None:
+        """Wait for something to hold; the ranks must live until then."""
+        patience = time.monotonic() + seconds
+        while not holds():
+            if time.monotonic() > patience or None not in self.codes():
+                codes = self.codes()
+                self.kill()
+                raise TimeoutError(f"did not come; exit codes {codes}\n{self.text()}")
+            time.sleep(0.02)
+
+    def text(self, rank: int | None = None) -> str:
+        """What one rank (or each) wrote to its terminal."""
+        if rank is not None:
+            return Path(f"{self._log}.{rank}").read_text()
+        return "\n".join(self.text(rank)[-4000:] for rank in range(len(self.pids)))
 
 
 class World:
@@ -48,15 +101,25 @@ class World:
         self.folder = folder
         self.forge = forge
 
-    def run(self, ranks: int, *argv: str, env: dict[str, str] | None = None) -> list[int]:
-        """Exit codes of one command on `ranks` ranks."""
+    def start(
+        self, ranks: int, *argv: str, env: dict[str, str] | None = None, patch: str = ""
+    ) -> Ranks:
+        """One command on `ranks` ranks, which run; `patch` is the forge's."""
         log = self.folder / f"log-{len(list(self.folder.glob('log-*.0')))}"
         request = {"folder": str(self.folder), "world": ranks, "argv": list(argv)}
-        codes = self.forge.start(request | {"env": env or {}, "log": str(log)})
-        self.last_log = "\n".join(
-            Path(f"{log}.{rank}").read_text()[-4000:] for rank in range(ranks)
-        )
-        return codes
+        for rank in range(ranks):
+            Path(f"{log}.{rank}").touch()
+        pids = self.forge.ask(request | {"env": env or {}, "log": str(log), "patch": patch})
+        return Ranks(self.forge, pids, log)
+
+    def run(
+        self, ranks: int, *argv: str, env: dict[str, str] | None = None, patch: str = ""
+    ) -> list[int]:
+        """Exit codes of one command on `ranks` ranks; `patch` is the forge's."""
+        started = self.start(ranks, *argv, env=env, patch=patch)
+        codes = started.wait(600)
+        self.last_log = started.text()
+        return [code for code in codes if code is not None]
 
     def train(self, name: str, ranks: int, *overrides: str) -> list[dict[str, Any]]:
         """Train the tiny recipe; returns the lines of `metrics.jsonl`."""
