@@ -316,6 +316,7 @@ HEAD = f"""\
 # written by mmtrain {__version__}
 set -- {TINY} 'name=it'"'"'s tiny' data.workers=2 \
 seed="$SLURM_ARRAY_TASK_ID" name='it'"'"'s tiny'-seed-"$SLURM_ARRAY_TASK_ID"
+MMTRAIN_RUN_FOLDER='runs/it'"'"'s tiny'-seed-"$SLURM_ARRAY_TASK_ID"
 export MMTRAIN_VENV="${{MMTRAIN_VENV:-/shared/venv}}"
 """
 
@@ -342,12 +343,14 @@ def test_the_printed_script_gives_the_ranks_recipe_and_seed(printed: Printed, st
     _, out, _ = printed("--nodes=2", "--gpus-per-node=0", "--array=3,7", "--print", "save.keep=1")
     stage.script = stage.folder / "job.sbatch"
     stage.script.write_text(out)
+    stage.check = "echo checked again >&2; exit 2"
     stage.train = 'printf "<%s>" "$@"'
     stage.environment = {"SLURM_ARRAY_JOB_ID": "20001", "SLURM_ARRAY_TASK_ID": "7"}
     stage.environment["SLURM_SUBMIT_DIR"] = str(stage.folder)  # where no checkout lies
     ended = stage.play()
     assert ended.code == 0, ended.output
-    [log] = stage.logs.values()
+    [path] = stage.folder.glob("runs/tiny-seed-7/slurm/*.log")
+    log = path.read_text()
     assert "exec ${MMTRAIN_WRAPPER:-} python -m mmtrain" in log
     assert log.endswith(f"<train><{TINY}><save.keep=1><seed=7><name=tiny-seed-7>")
 

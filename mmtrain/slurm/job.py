@@ -23,6 +23,7 @@ _ENVIRONMENT = "environment=$(<slurm/env.sh) || exit 66\n"
 _SITE = Path("slurm/env.sh")  # of the folder that the job is submitted from; ours if there is none
 _TIME = re.compile(r"\d+|\d+:\d+|\d+:\d+:\d+|\d+-\d+(:\d+(:\d+)?)?")
 _SEEDS = re.compile(r"(\d+(-\d+(:\d+)?)?)(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
+_SEED = '"$SLURM_ARRAY_TASK_ID"'
 
 
 class SubmissionError(MmtrainError):
@@ -75,17 +76,19 @@ def script(job: Job, path: Path, overrides: Sequence[str]) -> str:
     found = [*seen.faults, *seen.missing, *_problems(job, overrides)]
     if found or seen.recipe is None:
         raise RecipeError(found)
-    name = seen.recipe.name
+    name, folder = seen.recipe.name, str(Path(seen.recipe.output) / seen.recipe.name)
     arguments = [shlex.quote(word) for word in (str(path), *overrides)]
     if job.array:
-        arguments.append('seed="$SLURM_ARRAY_TASK_ID"')
-        arguments.append(f'name={shlex.quote(name)}-seed-"$SLURM_ARRAY_TASK_ID"')
+        arguments.append(f"seed={_SEED}")
+        arguments.append(f"name={shlex.quote(name)}-seed-{_SEED}")
     head = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH --{option}" for option in _options(job, name)),
         "#",
         f"# written by mmtrain {__version__}",
         f"set -- {' '.join(arguments)}",
+        f"export MMTRAIN_RUN_FOLDER={shlex.quote(folder)}"
+        + (f"-seed-{_SEED}" if job.array else ""),
         *_surroundings(job),
     ]
     site = _SITE.read_text() if _SITE.is_file() else _text("env.sh")

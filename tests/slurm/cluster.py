@@ -70,7 +70,7 @@ def lacking() -> list[str]:
     return [name for name in WANTED if shutil.which(name, path=PATH) is None]
 
 
-def until(what: str, ask: Callable[[], T], seconds: float = 60, every: float = 0.2) -> T:
+def until(what: str, ask: Callable[[], T], seconds: float = 120, every: float = 0.2) -> T:
     """The first true answer of `ask`; raises TimeoutError when there is none in time."""
     end = time.monotonic() + seconds
     while not (answer := ask()):
@@ -133,7 +133,7 @@ class Cluster:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=300,
         )
         if done.returncode:
             raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
@@ -160,6 +160,16 @@ class Cluster:
         for pid in self._processes():  # steps inherit the mark of their daemon, tasks have Slurm's
             if node in (_variable(pid, MARK), _variable(pid, "SLURMD_NODENAME")):
                 _end(pid, signal.SIGKILL)
+
+    def kill_a_task(self, node: str) -> None:
+        """SIGKILL to a rank, as the kernel does when memory runs out."""
+        ranks = [
+            pid
+            for pid in self._processes()
+            if _variable(pid, "SLURMD_NODENAME") == node and _variable(pid, "SLURM_STEP_ID") == "0"
+        ]
+        for pid in ranks:
+            _end(pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """End jobs first, then daemons, then whatever still carries our configuration."""
