@@ -49,7 +49,7 @@ class Stage:
     script: Path = ROOT / "slurm/train.sbatch"
     check: str = 'echo "  family emu"; echo "  run folder: $RUN"'
     train: str = "true"
-    state: str = "RUNNING"
+    squeue: str = "echo RUNNING"
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -70,7 +70,7 @@ class Stage:
         (venv / "python").symlink_to(sys.executable)
         (self.folder / "calls").write_text("")
         srun = f'case "$*" in *"mmtrain check"*) {self.check}; exit;; esac\n{self.train}'
-        played = {"srun": srun, "scontrol": SCONTROL, "squeue": f"echo {self.state}", "sleep": ""}
+        played = {"srun": srun, "scontrol": SCONTROL, "squeue": self.squeue, "sleep": ""}
         for name, body in played.items():
             (commands / name).write_text(f"#!/bin/bash\n{body}\n")
             (commands / name).chmod(0o755)
@@ -213,7 +213,7 @@ def test_a_lost_node_is_worth_another_attempt(stage: Stage) -> None:
 
 
 def test_a_cancelled_job_is_not_brought_back(stage: Stage) -> None:
-    stage.train, stage.state = failing(85), "COMPLETING"
+    stage.train, stage.squeue = failing(85), "echo COMPLETING"
     ended = stage.play("my.yaml")
     assert (ended.code, ended.calls) == (85, "")
     assert "the job is COMPLETING, not requeued" in ended.output
@@ -226,11 +226,20 @@ def test_a_task_of_an_array_is_requeued_alone(stage: Stage) -> None:
     assert list(stage.logs) == ["mine-20007_4-attempt-1.log"]
 
 
+def test_a_busy_controller_is_asked_again(stage: Stage) -> None:
+    stage.train = failing(85)
+    stage.squeue = '[ -e "$CALLS.2" ] && echo RUNNING || { touch "$CALLS.2"; exit 1; }'
+    assert stage.play("my.yaml").calls == "requeue 20007\n"
+    stage.squeue = "exit 1"
+    ended = stage.play("my.yaml")
+    assert ended.calls == "" and "unknown to Slurm" in ended.output
+
+
 def test_a_refused_requeue_is_asked_for_again_and_then_told(stage: Stage) -> None:
     stage.train = failing(85)
     stage.environment = {"REFUSED": "1"}
     ended = stage.play("my.yaml")
-    assert ended.code == 85 and ended.calls == "requeue 20007\n" * 5
+    assert ended.code == 85 and ended.calls == "requeue 20007\n" * 2
     assert "submit it again to go on" in ended.output
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mmtrain.data.shapes import write_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs/emu/tiny.yaml")
+ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
 START_SECONDS = 600.0  # imports of two ranks on a busy machine, and Slurm's own waits
 
 
@@ -100,14 +101,16 @@ class Job:
 
     def reach(self, step: int) -> float:
         """Wait until a step is done; returns when (time)."""
+        looked = time.monotonic()
 
         def done() -> bool:
-            assert self.facts["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), (
-                self.story
-            )
+            nonlocal looked
+            if time.monotonic() - looked > 2:
+                looked = time.monotonic()
+                assert self.facts["JobState"] in ALIVE, self.story
             return len(self.metrics) >= step
 
-        self._wait(f"step {step}", done)
+        self._wait(f"step {step}", done, every=0.05)
         return time.time()
 
     def wait(self, *states: str) -> dict[str, str]:
@@ -127,9 +130,9 @@ class Job:
         parts = [str(self.facts), self.log, *(f"{log}\n{log.read_text()[-3000:]}" for log in logs)]
         return "\n".join(parts)
 
-    def _wait(self, what: str, ask: Any) -> None:
+    def _wait(self, what: str, ask: Callable[[], bool], every: float = 0.5) -> None:
         try:
-            until(what, ask, START_SECONDS, every=0.05)
+            until(what, ask, START_SECONDS, every)
         except TimeoutError as error:
             raise TimeoutError(f"{error}\n{self.story}") from None
 
