@@ -38,7 +38,7 @@ SlurmdUser={user}
 AuthType=auth/munge
 CryptoType=crypto/munge
 # a requeued job begins no sooner than its old credential expires: 2 minutes by default
-AuthInfo=socket={folder}/munge.socket,cred_expire=20
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
