@@ -42,6 +42,20 @@ examples:
 exit codes: 0 done; 2 recipe or command wrong, nothing written; 65 content invalid;
 66 input missing; 70 bug; 74 storage; 75 peer failed; 85 stopped on request; 86 hang;
 87 non-finite numbers; 88 replicas differ; 93 no progress. Worth a retry: 74 75 85 86 88.
+RUN/verdict.json keeps the code and the reason where a launcher loses them.
+"""
+
+
+_TRAIN_EPILOG = """\
+The same command goes on from the newest sound checkpoint of the run.
+
+SIGTERM, SIGINT or SIGUSR1 to any rank, or the time limit of the Slurm job
+(watch.stop_before_limit_seconds before it): finish the step, save, exit 85.
+A third SIGTERM or SIGINT: leave at once, exit 130. SIGUSR2: write the stacks of
+all threads to RUN/stacks and go on.
+No progress for watch.stall_seconds: stacks of every rank, exit 86. A dead rank:
+the others exit 75. A second run in the folder: exit 75. Three attempts that saved
+nothing: exit 93. RUN/verdict.json says why the last attempt ended.
 """
 
 
@@ -54,12 +68,14 @@ class Command:
         summary: one line for the list.
         declare: adds the arguments.
         handle: does it; returns the exit code.
+        epilog: stands below the options in its help.
     """
 
     name: str
     summary: str
     declare: Callable[[argparse.ArgumentParser], None]
     handle: Callable[[Arguments], int]
+    epilog: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -494,7 +510,7 @@ def _takes_slurm(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = (
-    Command("train", "train a recipe", _takes_recipe, _train),
+    Command("train", "train a recipe", _takes_recipe, _train, _TRAIN_EPILOG),
     Command("check", "all faults of a recipe, or its facts; or of a run", _takes_check, _check),
     Command("slurm", "submit a recipe to Slurm, or print its script", _takes_slurm, _slurm),
     Command("plan", "stages, memory and batch on N ranks", _takes_plan, _plan),
@@ -525,7 +541,11 @@ def _parser() -> argparse.ArgumentParser:
             inner = groups[""].add_parser(group, help=_group_summary(group))
             groups[group] = inner.add_subparsers(title="commands", metavar="COMMAND", required=True)
         made = groups[group].add_parser(
-            word, help=command.summary, description=command.summary.capitalize() + "."
+            word,
+            help=command.summary,
+            description=command.summary.capitalize() + ".",
+            epilog=command.epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.declare(made)
         made.set_defaults(handle=command.handle, parser=made)

@@ -2,7 +2,8 @@
 
 Launchers lose ranks: torchrun and the deepspeed launcher leave theirs behind when they are killed
 (both on SIGKILL, deepspeed's inner launcher on SIGUSR1 too). So a rank asks to be killed when its
-parent dies (prctl(2), PR_SET_PDEATHSIG), and so does a data worker. Linux only; no torch.
+parent dies (prctl(2), PR_SET_PDEATHSIG), and so does a data worker. On other systems than Linux
+nothing is asked of the kernel.
 """
 
 import atexit
@@ -26,6 +27,8 @@ _DEEPSPEED = "deepspeed"
 
 def die_with_parent() -> None:
     """Be killed when the process that started this one ends; at once, if it just has."""
+    if sys.platform != "linux":
+        return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before the kernel was asked
@@ -58,6 +61,8 @@ def kill_workers_at_exit() -> None:
 
 
 def _kill_workers() -> None:
+    # torch's handler raises at the death of a worker (utils/data/_utils/signal_handling.py)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in multiprocessing.active_children():
         worker.kill()
 
@@ -65,7 +70,8 @@ def _kill_workers() -> None:
 class OuterLauncher:
     """The first of the two processes of the deepspeed launcher, which start each other.
 
-    Killed, it leaves the second one and its ranks behind.
+    Ended by a signal, it leaves the second one and its ranks behind: on one node it passes none on
+    (deepspeed 0.19.8, launcher/runner.py, line 630).
     """
 
     def __init__(self) -> None:
@@ -118,15 +124,19 @@ class ExitTimer:
 
     def __init__(self, code: int) -> None:
         """Make the timer; it does not run yet."""
+        self._timer = ctypes.c_void_p()
+        if sys.platform != "linux":
+            return
         self._c = ctypes.CDLL(None, use_errno=True)
         leave = ctypes.cast(self._c._exit, ctypes.c_void_p).value
         event = _Event(value=code, notify=_SIGEV_THREAD, function=leave)
-        self._timer = ctypes.c_void_p()
         if self._c.timer_create(_CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._timer)):
             raise OSError(ctypes.get_errno(), "timer_create")
 
     def start(self, seconds: float) -> None:
         """End the process in so many seconds, instead of at the time set before; 0 = never."""
+        if sys.platform != "linux":
+            return
         whole = int(seconds)
         times = (ctypes.c_long * 4)(0, 0, whole, int((seconds - whole) * 1e9))
         if self._c.timer_settime(self._timer, 0, ctypes.byref(times), None):

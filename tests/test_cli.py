@@ -1,7 +1,9 @@
 """The command line: what is printed where, and the exit codes."""
 
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,17 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID")
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Training takes the signals of its process; here that is the tests'."""
+    taken = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in taken}
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -152,9 +165,9 @@ def test_python_m_mmtrain_is_the_same_command(repository: Path) -> None:
 
 
 def test_ranks_come_from_whichever_launcher_started_them() -> None:
-    assert launched({}) == Launched(0, 0, 1)
+    assert launched({}) == Launched(0, 0, 1) and not launched({}).by_launcher
     torchrun = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
-    assert launched(torchrun) == Launched(3, 1, 4)
+    assert launched(torchrun) == Launched(3, 1, 4) and launched(torchrun).by_launcher
     slurm = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
     assert launched({**slurm, "SLURM_STEP_ID": "0"}) == Launched(5, 1, 8)
     assert launched({**slurm, "SLURM_STEP_ID": "0", **torchrun}) == Launched(3, 1, 4)

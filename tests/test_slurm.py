@@ -259,7 +259,7 @@ def test_a_signal_to_the_batch_shell_reaches_the_ranks(stage: Stage, name: str) 
 
 
 def test_ranks_killed_because_of_a_signal_to_the_batch_shell_are_tried_again(stage: Stage) -> None:
-    stage.train = 'kill -s TERM $PPID; /bin/sleep 0.5; exit 137'
+    stage.train = "kill -s TERM $PPID; /bin/sleep 0.5; exit 137"
     ended = stage.play("my.yaml")
     assert (ended.code, ended.calls) == (75, "requeue 20007\n")
 

@@ -99,13 +99,15 @@ class Listener:
             ready, _, _ = select.select([self._ears], [], [], _LOOK_SECONDS)
             for number in os.read(self._ears, 64) if ready else b"":
                 self._take(number)
-            if self._deadline is not None and monotonic() >= self._deadline:
-                self._deadline = None
-                self.reason = self.reason or "the time limit of the job"
-                log.info("the time limit of the job is near: the run saves and ends")
-                os.kill(os.getpid(), signal.SIGUSR1)  # breaks off what may be broken off
-            if self._launcher.is_gone:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if not self.reason and self._deadline is not None and monotonic() >= self._deadline:
+                self._stop("the time limit of the job")
+            if not self.reason and self._launcher.is_gone:
+                self._stop("the death of the launcher")
+
+    def _stop(self, reason: str) -> None:
+        self.reason = reason
+        log.info("%s: the step is finished and saved, then the run ends", reason)
+        os.kill(os.getpid(), signal.SIGUSR1)  # breaks off what may be broken off
 
     def _take(self, number: int) -> None:
         if number == signal.SIGUSR2:
@@ -115,7 +117,7 @@ class Listener:
         name = signal.Signals(number).name
         if not self.reason:
             self.reason = name
-            log.warning("%s: the step is finished and saved, then the run ends", name)
+            log.info("%s: the step is finished and saved, then the run ends", name)
         if number in _URGENT and monotonic() - self._counted >= _BURST_SECONDS:
             self._counted = monotonic()
             self._urgent += 1

@@ -231,6 +231,11 @@ class Watch:
                 f"lost its peer {where}: {_one_line(error)}; the rank that ended first"
                 f" says why in {self.folder / 'log.txt'}"
             )
+        if kind is HangError and not self._attempt:  # the ranks have not even met
+            return PeerError(
+                f"no answer from a peer {where}: {_one_line(error)}; is every rank "
+                "started, and can it reach MASTER_ADDR:MASTER_PORT?"
+            )
         if kind is HangError:
             return HangError(f"no answer from a peer {where}: {_one_line(error)}")
         name = type(error).__name__
