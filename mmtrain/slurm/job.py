@@ -87,8 +87,7 @@ def script(job: Job, path: Path, overrides: Sequence[str]) -> str:
         "#",
         f"# written by mmtrain {__version__}",
         f"set -- {' '.join(arguments)}",
-        f"export MMTRAIN_RUN_FOLDER={shlex.quote(folder)}"
-        + (f"-seed-{_SEED}" if job.array else ""),
+        f"MMTRAIN_RUN_FOLDER={shlex.quote(folder)}{f'-seed-{_SEED}' if job.array else ''}",
         *_surroundings(job),
     ]
     site = _SITE.read_text() if _SITE.is_file() else _text("env.sh")
