@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup demo emu emu-data emu-pretrain emu-decoder emu-instruct emu-evaluate test \
-	test-all chaos lint format gpu-test gpu-bench clean-demo
+	test-all chaos slurm-test lint format gpu-test gpu-bench clean-demo
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # DeepSpeed's compiled helper: kept in the project, because a stale lock in a shared folder hangs
@@ -88,7 +88,14 @@ test: setup ## the CPU test suite
 	@python -m pytest
 
 test-all: setup ## the CPU test suite with the slow tests
-	@python -m pytest -m "not gpu"
+	@python -m pytest -m "not gpu and not slurm"
+
+slurm-test: setup ## jobs under a real Slurm of two nodes on this machine (15 minutes on 2 cores)
+	@for command in munged slurmctld slurmd sbatch; do \
+		PATH=$$PATH:/usr/sbin command -v $$command >/dev/null || { \
+			echo "slurm-test: no $$command here; apt-get install slurm-wlm munge" >&2; exit 66; }; \
+	done
+	@python -m pytest -m slurm tests/slurm -s
 
 chaos: setup ## kill ranks at 200 random moments and look at what is left
 	@python tests/dist/chaos.py $(CHAOS)

@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mmtrain import __version__, log
@@ -36,7 +36,7 @@ examples:
   mmtrain train configs/emu/demo.yaml parallel.tensor=1 train.steps=100
   torchrun --nproc-per-node 2 -m mmtrain train configs/emu/demo.yaml
   deepspeed --num_gpus 2 --module mmtrain train configs/emu/demo.yaml
-  sbatch slurm/train.sbatch configs/emu/14b_pretrain.yaml
+  mmtrain slurm configs/emu/14b_pretrain.yaml --nodes 16
   mmtrain sample runs/demo --prompt "a picture of [picture.png]"
 
 exit codes: 0 done; 2 recipe or command wrong, nothing written; 65 content invalid;
@@ -237,6 +237,16 @@ def _convert(arguments: Arguments) -> int:
         return export_tensors(run, checkpoint, out)
     adapters = Adapters.merge if arguments.merge_lora else Adapters.keep
     return export_release(run, checkpoint, out, arguments.form, adapters)
+
+
+def _slurm(arguments: Arguments) -> int:
+    from mmtrain.slurm.job import Job, script, submit
+
+    given = vars(arguments)
+    job = Job(**{field.name: given[field.name] for field in fields(Job)})
+    text = script(job, arguments.recipe, arguments.overrides)
+    print(text if arguments.print else submit(text), end="" if arguments.print else "\n")
+    return ExitCode.DONE
 
 
 def _takes_recipe(
@@ -465,9 +475,44 @@ def _takes_convert(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _takes_slurm(parser: argparse.ArgumentParser) -> None:
+    _takes_recipe(parser)
+    parser.add_argument("--nodes", type=_positive, metavar="N", required=True, help="of the job")
+    parser.add_argument(
+        "--gpus-per-node",
+        type=_count,
+        default=8,
+        metavar="G",
+        help="one rank each; 0 = CPU nodes; default: %(default)s",
+    )
+    parser.add_argument(
+        "--tasks-per-node", type=_positive, metavar="N", help="ranks of a CPU node; default: 1"
+    )
+    parser.add_argument(
+        "--cpus-per-task", type=_positive, default=8, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--time", default="24:00:00", metavar="LIMIT", help="of one attempt; default: %(default)s"
+    )
+    for name in ("partition", "account", "qos"):
+        parser.add_argument(f"--{name}", metavar="NAME", help="as for sbatch")
+    parser.add_argument(
+        "--container",
+        metavar="IMAGE",
+        help="ranks run in it, by Apptainer (a .sqsh file: Pyxis); this environment if left out",
+    )
+    parser.add_argument(
+        "--array", metavar="SEEDS", help="one run for each seed, as in 0-4: NAME-seed-0, ..."
+    )
+    parser.add_argument(
+        "--print", action="store_true", help="write the script to the terminal, submit nothing"
+    )
+
+
 COMMANDS = (
     Command("train", "train a recipe", _takes_recipe, _train, _TRAIN_EPILOG),
     Command("check", "all faults of a recipe, or its facts; or of a run", _takes_check, _check),
+    Command("slurm", "submit a recipe to Slurm, or print its script", _takes_slurm, _slurm),
     Command("plan", "stages, memory and batch on N ranks", _takes_plan, _plan),
     Command("data shapes", "write demo data: coloured shapes", _takes_shapes, _data_shapes),
     Command("data index", "count tokens and images of shards", _takes_index, _data_index),

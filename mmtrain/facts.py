@@ -7,6 +7,7 @@ fits, not the last GiB; allocator slack and communication buffers are left out.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from mmtrain.layout.balance import balance, stage_ranges, table
@@ -211,6 +212,7 @@ def describe(recipe: Recipe) -> str:
             f"  {_layout(recipe)}",
             f"  {_batch(recipe)}",
             f"  sources: {_mixture(recipe)}",
+            f"  run folder: {Path(recipe.output) / recipe.name}",  # slurm/train.sbatch reads it
         ]
     )
 

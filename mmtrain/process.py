@@ -92,6 +92,8 @@ def kill_workers_at_exit() -> None:
 
 
 def _kill_workers() -> None:
+    # torch's handler raises at the death of a worker (utils/data/_utils/signal_handling.py)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in multiprocessing.active_children():
         worker.kill()
 

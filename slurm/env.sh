@@ -1,15 +1,17 @@
-# Sourced by every task of train.sbatch, on every node: makes `mmtrain` runnable there.
-# Choose one: a virtual environment on a shared file system (the default: .venv beside this
-# folder), modules of your site, or a container (see README.md). Keep it silent and quick.
+# Text of every task of train.sbatch, on every node: makes `mmtrain` runnable there.
+# Choose one: an environment on a shared file system (the default: .venv of the folder that the job
+# was submitted from), modules of your site, or a container (see README.md). Keep it quick.
 
 # module load cuda/13.0
 
-venv=${MMTRAIN_VENV:-$PWD/.venv}
-if [ ! -r "$venv/bin/activate" ]; then
-    echo "env.sh: no virtual environment at $venv on $(hostname); run 'make setup' or set MMTRAIN_VENV" >&2
-    exit 66 # an input is missing
+if [ -z "${MMTRAIN_WRAPPER:-}" ] && [[ "${MMTRAIN_SRUN:-}" != *--container-image* ]]; then
+    venv=${MMTRAIN_VENV:-$PWD/.venv}
+    if [ ! -x "$venv/bin/python" ]; then
+        echo "env.sh: no Python at $venv/bin on $(hostname); run 'make setup' or set MMTRAIN_VENV" >&2
+        exit 66 # an input is missing
+    fi
+    PATH=$venv/bin:$PATH
 fi
-source "$venv/bin/activate"
 
 export PYTHONUNBUFFERED=1
 export TOKENIZERS_PARALLELISM=false
