@@ -2,13 +2,18 @@
 
 import errno
 import os
+import random
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from mmtrain.checkpoint import manifest, store, tensorfile
+from mmtrain.train import loop
 
 
 def _before(owner: Any, name: str, act: Callable[[], None], number: int) -> None:
@@ -71,3 +76,20 @@ def fill_disk(rank: int, word: str) -> None:
 
     if rank == failing:
         store.write_part = write_part
+
+
+def watch_generators(rank: int, word: str) -> None:
+    """Let the run fail when a step draws from a generator that nobody saves."""
+    plain = loop.run
+
+    def states() -> list[Any]:
+        legacy = np.random.get_state()  # noqa: NPY002 the one that is not to be used
+        return [torch.get_rng_state().tolist(), random.getstate(), [str(part) for part in legacy]]
+
+    def run(*args: Any) -> Any:
+        before = states()
+        out = plain(*args)
+        assert states() == before, "a step has drawn from a global generator"
+        return out
+
+    loop.run = run

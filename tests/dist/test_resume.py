@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from world import World
+from world import TINY, World
 
 from mmtrain.checkpoint.portable import open_tensors
 
@@ -57,6 +57,15 @@ def _forget(folder: Path) -> None:
     for path in folder.iterdir():
         path.unlink()
     folder.rmdir()
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "tiny_instruct"])  # the latter with dropout
+def test_training_draws_from_no_generator_that_a_checkpoint_lacks(
+    world: World, recipe: str
+) -> None:
+    words = ("train", str(TINY.with_name(f"{recipe}.yaml")), f"name=draws-{recipe}")
+    short = ("train.steps=3", "schedule.warmup_steps=1", "train.initialize_from=null")
+    assert world.run(1, *words, *short, patch="failing:watch_generators:") == [0], world.last_log
 
 
 def test_full_tensors_of_every_layout_are_the_same(world: World) -> None:
