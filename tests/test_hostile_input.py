@@ -1,0 +1,147 @@
+"""What comes from someone else is data: hostile files are refused by name, through the commands.
+
+Each test runs the command line in this process, and then looks at what was written.
+"""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from mmtrain.cli import main
+
+RECIPE = """
+name: test
+output: {runs}
+model:
+  vision: {{image_size: 28, layers: 1, width: 32, heads: 4, mlp_width: 64}}
+  causal: {{queries: 4, layers: 1, width: 32, heads: 4, head_width: 8, mlp_width: 64}}
+  language: {{vocabulary: 256, layers: 2, width: 32, heads: 4, mlp_width: 64, context: 64}}
+data:
+  tokenizer: {data}/tokenizer
+  sources:
+    captions: {{path: {data}/captions, rule: pair, max_images: 1, max_tokens: 32}}
+  pack_tokens: 128
+  pack_images: 4
+schedule: {{warmup_steps: 2}}
+train: {{steps: 10, global_batch_packs: 8, precision: fp32}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, shapes: Path) -> Path:
+    """A recipe without a fault."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(data=shapes, runs=tmp_path / "runs"))
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], code: int, *command: object) -> str:
+    """Run a command that must end with a code; returns the one line that it says."""
+    assert main([str(word) for word in command]) == code
+    said = capsys.readouterr().err.strip().splitlines()
+    if code == 2:  # one fault a line below a headline
+        assert said.pop(0) == "mmtrain: 1 fault; nothing was written"
+    assert len(said) == 1, said
+    return said[0]
+
+
+# recipes
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "${oc.env:MMTRAIN_SECRET}",
+        "runs/${oc.env:MMTRAIN_SECRET,none}",
+        "${oc.${name}:MMTRAIN_SECRET}",
+        "${data.${oc.env:MMTRAIN_SECRET}}",
+        "${oc.decode:'${oc.env:MMTRAIN_SECRET}'}",
+        "${oc.create:{a: 1}}",
+        "${planted:}",
+    ],
+)
+@pytest.mark.parametrize("by", ["file", "override"])
+def test_resolvers_are_refused(
+    recipe: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    value: str,
+    by: str,
+) -> None:
+    monkeypatch.setenv("MMTRAIN_SECRET", "s3cr3t")
+    canary = tmp_path / "canary"
+    OmegaConf.register_resolver("planted", canary.touch, replace=True)
+    try:
+        if by == "file":
+            recipe.write_text(recipe.read_text() + f'\nseed: "{value}"\n')
+            said = refused(capsys, 2, "check", recipe)
+            assert said.strip().startswith(f"{recipe} seed: ")
+        else:
+            said = refused(capsys, 2, "check", recipe, f'seed="{value}"')
+            assert said.strip().startswith("override seed: ")
+        assert value in said and "refused" in said and "s3cr3t" not in said
+        assert not canary.exists()
+        assert OmegaConf.has_resolver("oc.env")  # other users of OmegaConf keep theirs
+    finally:
+        OmegaConf.clear_resolver("planted")
+
+
+def test_a_resolver_in_a_base_names_the_base(
+    recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    top = tmp_path / "top.yaml"
+    top.write_text(f"base: {recipe.name}\n")
+    recipe.write_text(recipe.read_text() + "\nlog: {every_steps: '${oc.env:HOME}'}\n")
+    said = refused(capsys, 2, "check", top)
+    assert said.strip().startswith(f"{recipe} log.every_steps: ")
+
+
+def test_keys_can_still_be_copied(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = recipe.read_text().replace("name: test\n", "name: run-${train.steps}\n")
+    recipe.write_text(text + "\nseed: ${data.pack_tokens}\n")
+    assert main(["check", str(recipe)]) == 0, capsys.readouterr().err
+
+
+def _doubling(first: str, rest: str) -> str:
+    return first + "".join(
+        "\n" + rest.replace("NEXT", f"a{i + 1}").replace("LAST", f"a{i}") for i in range(40)
+    )
+
+
+BOMBS = {
+    "aliases": (_doubling("a0: &a0 [1, 1]", "NEXT: &NEXT [*LAST, *LAST]"), "expansion"),
+    "copied lists": (_doubling("a0: [1, 1]", "NEXT: ['${LAST}', '${LAST}']"), "copy"),
+    "copied texts": (_doubling("a0: xx", "NEXT: '${LAST}${LAST}'"), "a2: found '${a1}${a1}'"),
+    "relative copies": (_doubling("a0: xx", "NEXT: '${.LAST}${.LAST}'"), "a1: found"),
+    "nesting": ("a: " + "[" * 900 + "]" * 900, "nested"),
+    "itself": ("a: &a [*a]", "recursive"),
+    "a long text": ("a: " + "x" * 5000, "5,000 characters"),
+    "a long file": ("# " + "x" * 300_000, "bytes"),
+    "a long number": ("seed: " + "9" * 5000, "5000 digits"),
+    "a key twice": ("seed: 1\nseed: 2", "duplicate key"),
+    "no date": ("seed: !!timestamp 2020-99-99", "month"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_yaml_bombs_are_one_line(
+    recipe: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    text, says = BOMBS[name]
+    recipe.write_text(recipe.read_text() + "\n" + text + "\n")
+    said = refused(capsys, 2, "check", recipe)
+    assert says in said and len(said) < 600
+
+
+@pytest.mark.parametrize(
+    "tag", ["object/apply:os.system", "object/new:os.system", "name:os.system"]
+)
+def test_tags_of_python_make_nothing(
+    recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, tag: str
+) -> None:
+    canary = tmp_path / "canary"
+    recipe.write_text(recipe.read_text() + f"\nseed: !!python/{tag} ['touch {canary}']\n")
+    said = refused(capsys, 2, "check", recipe)
+    assert str(recipe) in said and "os.system" in said and not canary.exists()
