@@ -33,12 +33,10 @@ from mmtrain.data.document import (
     from_row,
     to_row,
 )
-from mmtrain.data.fetch import HASH, ExpectedFile, Folder, safe_name
+from mmtrain.data.fetch import HASH, INDEX, ExpectedFile, Folder
 from mmtrain.data.lengths import Lengths
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.errors import ContentError, MissingError, StorageError
-
-INDEX = "index.json"
 
 
 class ShardWriter:
@@ -220,7 +218,7 @@ class Rows:
         self._checked.add(shard)
 
     def _unpack(self, raw: ExpectedFile, reader: Any) -> None:
-        path = self.folder.local / safe_name(raw.name)
+        path = self.folder.path(raw.name)
         if path.is_file() and raw.fault(path.read_bytes()) is None:
             return
         info = reader.zip_data
@@ -353,8 +351,13 @@ def _read_index(folder: Folder) -> bytes:
 def _reader(folder: Folder, entry: dict[str, Any], columns: Mapping[str, str]) -> Any:
     for key in ("raw_data", "zip_data"):
         if entry.get(key):
-            safe_name(entry[key]["basename"])
+            folder.path(entry[key]["basename"])
     found = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
+    if pickled := sorted(name for name, encoding in found.items() if encoding == "pkl"):
+        raise ContentError(
+            f"{folder.local / INDEX}: the columns {pickled} hold pickles, which can run code when "
+            "they are read; refused. Convert the dataset with `write_shards` where it was made"
+        )
     if found != columns:
         raise ContentError(
             f"{folder.local / INDEX} holds columns {found}, wanted are {dict(columns)}; "
