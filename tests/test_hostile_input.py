@@ -3,6 +3,9 @@
 Each test runs the command line in this process, and then looks at what was written.
 """
 
+import base64
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,8 @@ data:
 schedule: {{warmup_steps: 2}}
 train: {{steps: 10, global_batch_packs: 8, precision: fp32}}
 """
+
+TALK = [{"from": "human", "value": "Red?"}, {"from": "gpt", "value": "Red."}]
 
 
 @pytest.fixture
@@ -145,3 +150,32 @@ def test_tags_of_python_make_nothing(
     recipe.write_text(recipe.read_text() + f"\nseed: !!python/{tag} ['touch {canary}']\n")
     said = refused(capsys, 2, "check", recipe)
     assert str(recipe) in said and "os.system" in said and not canary.exists()
+
+
+# pictures
+
+
+@pytest.mark.parametrize("place", ["a file", "inline"])
+def test_a_huge_picture_is_left_out_and_counted(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    huge_png: bytes,
+    place: str,
+) -> None:
+    (tmp_path / "huge.png").write_bytes(huge_png)
+    inline = "data:image/png;base64," + base64.b64encode(huge_png).decode()
+    said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A wall."}]
+    image = "huge.png" if place == "a file" else inline
+    records = [{"id": "bad", "image": image, "conversations": said}]
+    records += [{"id": str(i), "conversations": talk} for i, talk in enumerate([TALK] * 3)]
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    out = tmp_path / "out"
+    start = time.perf_counter()
+    assert main(["data", "chat", str(tmp_path / "chat.json"), str(out)]) == 65
+    left_out, verdict = capsys.readouterr().err.strip().splitlines()
+    assert time.perf_counter() - start < 3
+    assert "record 1 (id bad)" in left_out and "more than 67,108,864 pixels" in left_out
+    assert "1 of 4" in verdict and not out.exists()
+    command = ["data", "chat", str(tmp_path / "chat.json"), str(out), "--max-failures", "0.5"]
+    assert main(command) == 0
+    assert "3 conversations" in capsys.readouterr().out
