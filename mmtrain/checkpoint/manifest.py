@@ -70,7 +70,7 @@ class Manifest:
             raise MissingError(
                 f"{path}: not found; {folder} is not a committed checkpoint"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ContentError(
                 f"{path}: not JSON ({error}); use an earlier checkpoint of the run"
             ) from error

@@ -69,7 +69,7 @@ class Description:
             if version != VERSION:
                 raise ContentError(f"{path}: version {version}, this code reads {VERSION}")
             return cls(**raw)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ContentError(f"{path}: not a description of weights ({error!r})") from error
 
 
@@ -149,7 +149,7 @@ class ExportedTensors:
             raise MissingError(
                 f"{folder / INDEX}: not found; expected a folder written by `mmtrain convert`"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ContentError(f"{folder / INDEX}: not a weight index ({error!r})") from error
         self._files = {name: inside(folder, file, folder / INDEX) for name, file in files.items()}
 

@@ -123,7 +123,7 @@ def open_index(index: Path) -> Source:
     """Open shards by their index."""
     try:
         held: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ContentError(f"{index}: not a weight index ({error!r})") from error
     for name in held.values():
         inside(index.parent, name, index, links=True)
@@ -160,7 +160,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise MissingError(f"{path}: not found; the folder needs it beside its weights") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ContentError(f"{path}: not JSON ({error})") from error
     if not isinstance(found, dict):
         raise ContentError(f"{path}: holds a {type(found).__name__}; expected a JSON object")

@@ -178,7 +178,14 @@ class Rows:
         self.dataset = get_hash(HASH, text)  # identity of the dataset
         try:
             self._shards = [_reader(folder, e, columns) for e in json.loads(text)["shards"]]
-        except (KeyError, TypeError, ValueError, AssertionError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            AssertionError,
+            RecursionError,
+        ) as error:
             place = folder.local / INDEX
             raise ContentError(
                 f"{place} is no MDS index: {type(error).__name__} {error}"
