@@ -139,11 +139,19 @@ def _publish(partial: Path, path: Path) -> None:
     """Flush every file of `partial` to disk, then rename the folder."""
     for file in sorted(partial.rglob("*")):
         _flush(file)
-    partial.chmod(0o755)  # mkdtemp makes folders that only their owner reads
+    # mkdtemp makes folders that only their owner reads; this one is as open as the user's others
+    partial.chmod(0o775 & ~_umask())
     _flush(partial)
     refuse_existing(path)
     os.rename(partial, path)
     _flush(path.parent)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    found = os.umask(0o077)
+    os.umask(found)
+    return found
 
 
 def _flush(path: Path) -> None:
