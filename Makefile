@@ -44,7 +44,7 @@ demo: setup ## write demo data, train an Emu on two processes, sample from it (5
 	@echo "data         $(DEMO_DATA)/"
 	@echo "run          $(DEMO_RUN)/  (recipe.yaml, metrics.jsonl, checkpoints/, log.txt)"
 	@echo "pictures     $(DEMO_RUN)/samples/"
-	@echo "curves       .venv/bin/tensorboard --logdir $(DEMO_RUN)/tensorboard"
+	@echo "curves       .venv/bin/tensorboard --host localhost --logdir $(DEMO_RUN)/tensorboard"
 
 # two processes share the batch; a run that is complete does nothing when it is started again
 TRAIN_EMU = command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu; \
@@ -79,7 +79,7 @@ emu-evaluate: emu-decoder emu-instruct
 	@echo
 	@echo "figures      runs/$(EMU_SIZE)_{pretrain,instruct,decoder}/evaluation/*.md"
 	@echo "pictures     runs/$(EMU_SIZE)_decoder/samples/images.png, runs/$(EMU_SIZE)_instruct/samples/text.png"
-	@echo "curves       .venv/bin/tensorboard --logdir runs"
+	@echo "curves       .venv/bin/tensorboard --host localhost --logdir runs"
 
 clean-demo: ## remove the demo's data and its runs, and those of `make emu`
 	rm -rf $(DEMO_DATA) $(DEMO_RUN) $(addprefix runs/$(EMU_SIZE)_,encoder pretrain latents decoder instruct)
@@ -100,11 +100,12 @@ slurm-test: setup ## jobs under a real Slurm of two nodes on this machine (15 mi
 chaos: setup ## kill ranks at 200 random moments and look at what is left
 	@python tests/dist/chaos.py $(CHAOS)
 
-lint: setup ## style, types and import floors
+lint: setup ## style, types, import floors and known advisories of dependencies
 	@ruff check .
 	@ruff format --check .
 	@mypy
 	@lint-imports
+	@python tools/audit_dependencies.py
 
 format: setup ## apply the style
 	@ruff check --fix .

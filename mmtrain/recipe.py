@@ -1,14 +1,15 @@
 """A recipe: one YAML, one run. Reading it, and writing the resolved recipe back.
 
 A YAML may name a `base:` (a path relative to itself) and say only what differs; overrides from
-the command line come last. `${a.b}` copies another key. In the tables (`data.sources`,
-`optimizer.learning_rates`, ...) the entries of all files add up; `null` takes one out.
+the command line come last. `${a.b}` copies another key; resolvers as `${oc.env:HOME}` are refused
+(`mmtrain.interpolations`). In the tables (`data.sources`, `optimizer.learning_rates`, ...) the
+entries of all files add up; `null` takes one out.
 
 All faults are reported at once, as one `RecipeError`, before anything is written.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -18,11 +19,12 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mmtrain import decoder_faults, faults
+from mmtrain import decoder_faults, faults, interpolations
 from mmtrain.errors import Problem, RecipeError
+from mmtrain.interpolations import checked, one_line, resolved
 from mmtrain.models.families import FAMILIES, spec_of
 from mmtrain.models.spec import ModelSpec
-from mmtrain.schema import MISSING, Reader, dotted_keys, join, suggestion, to_plain
+from mmtrain.schema import Reader, dotted_keys, suggestion, to_plain
 from mmtrain.settings import Phase, Recipe, TrainConfig
 
 BASE = "base"
@@ -87,8 +89,11 @@ def examine(
     written: dict[str, Any] = reduce(_merge, layers, {})
     spec = _family(written, found)
     types: dict[str, Any] = {"model": spec.config_type} if spec else {}
-    plain = _resolved(OmegaConf.create(_merge(_defaults(spec), written)), "", found)
-    reader = Reader(types, dotted_keys(Recipe, types), found, {p.place for p in found})
+    plain = resolved(OmegaConf.create(_merge(_defaults(spec), written)), found)
+    if plain is None:
+        return Examined(None, tuple(found))
+    doubtful = {p.place.rpartition(" ")[2] for p in found}  # a file or an override may stand before
+    reader = Reader(types, dotted_keys(Recipe, types), found, doubtful)
     recipe = reader.read(Recipe, plain, "")
     if spec is None or not isinstance(recipe, Recipe):
         return Examined(None, tuple(found))
@@ -134,14 +139,14 @@ def _chain(path: Path, found: list[Problem], above: tuple[Path, ...] = ()) -> li
         found.append(Problem(str(path), f"there is no such recipe{asked}"))
         return []
     try:
-        content = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        found.append(Problem(str(path), f"cannot be read as YAML: {_one_line(error)}"))
+        content = interpolations.read_file(path)
+    except ValueError as error:
+        found.append(Problem(str(path), f"cannot be read as YAML: {error}"))
         return []
     if not isinstance(content, DictConfig):
         found.append(Problem(str(path), "holds a list; wanted: a table of keys"))
         return []
-    own: dict[str, Any] = _plain(content)
+    own: dict[str, Any] = checked(_plain(content), str(path), found)
     base = own.pop(BASE, None)
     if base is None:
         return [own]
@@ -160,9 +165,11 @@ def _parsed(overrides: Iterable[str], found: list[Problem]) -> list[Any]:
             found.append(Problem(f"override {override!r}", text))
             continue
         try:
-            out.append(_plain(OmegaConf.from_dotlist([override])))
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            found.append(Problem(f"override {override!r}", _one_line(error)))
+            given = _plain(OmegaConf.from_dotlist([override]))
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+            found.append(Problem(f"override {override!r}", one_line(error)))
+            continue
+        out.append(checked(given, "override", found))
     return out
 
 
@@ -207,24 +214,6 @@ def _plain(config: DictConfig | ListConfig) -> Any:
     return OmegaConf.to_container(config, resolve=False)
 
 
-def _resolved(node: Any, place: str, found: list[Problem]) -> Any:
-    """Plain data with every `${...}` replaced; a faulty one becomes a missing value."""
-    if not isinstance(node, (DictConfig, ListConfig)):
-        return node
-    keys: Sequence[Any] = list(node) if isinstance(node, DictConfig) else range(len(node))
-    plain: dict[Any, Any] = {}
-    for key in keys:
-        where = join(place, str(key)) if isinstance(node, DictConfig) else f"{place}[{key}]"
-        try:
-            plain[key] = MISSING if OmegaConf.is_missing(node, key) else node[key]
-        except OmegaConfBaseException as error:
-            text = f"cannot resolve {_plain(node)[key]!r}: {_one_line(error)}"
-            found.append(Problem(where, text))
-            continue
-        plain[key] = _resolved(plain[key], where, found)
-    return plain if isinstance(node, DictConfig) else list(plain.values())
-
-
 def _mentions(problem: Problem, doubtful: set[str]) -> bool:
     """Whether a fault derives from a key that is reported already."""
     text = f"{problem.place} {problem.text}"
@@ -233,8 +222,3 @@ def _mentions(problem: Problem, doubtful: set[str]) -> bool:
     return problem.place.startswith(tuple(own)) or any(
         re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", text) for key in doubtful
     )
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith(("full_key", "object")))

@@ -1,5 +1,7 @@
-"""What several test files share: the demo world, written once a session."""
+"""What several test files share: the demo world and a picture too large, made once a session."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,17 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shapes") / "demo_data"
     write_shapes(out, 120, seed=0)
     return out
+
+
+@pytest.fixture(scope="session")
+def huge_png() -> bytes:
+    """A sound PNG of 20,000 x 20,000 pixels in 200 KB, written without ever holding it."""
+    side, packer = 20_000, zlib.compressobj(1)
+    rows = b"\0" * (1 + side // 8) * 100  # of one bit a pixel
+    body = b"".join(packer.compress(rows) for _ in range(side // 100)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", body), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    )

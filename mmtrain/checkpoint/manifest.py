@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mmtrain.checkpoint.paths import inside
 from mmtrain.errors import ContentError, MissingError
 from mmtrain.layout.dims import ParallelDims
 
@@ -60,7 +61,7 @@ class Manifest:
 
         Raises:
             MissingError: there is none.
-            ContentError: it is not a manifest this version can read.
+            ContentError: it is not a manifest this version can read, or names files elsewhere.
         """
         path = folder / NAME
         try:
@@ -69,7 +70,7 @@ class Manifest:
             raise MissingError(
                 f"{path}: not found; {folder} is not a committed checkpoint"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ContentError(
                 f"{path}: not JSON ({error}); use an earlier checkpoint of the run"
             ) from error
@@ -80,11 +81,14 @@ class Manifest:
                 "code that wrote it (`mmtrain convert` there, train.initialize_from here)"
             )
         try:
-            return cls._of(raw)
+            manifest = cls._of(raw)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ContentError(
                 f"{path}: damaged ({error!r}); use an earlier checkpoint of the run"
             ) from error
+        for name in manifest.files:
+            inside(folder, name, path)
+        return manifest
 
     @classmethod
     def _of(cls, raw: dict[str, Any]) -> "Manifest":

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmtrain.checkpoint import store
 from mmtrain.checkpoint.manifest import Manifest, sampled_hash
+from mmtrain.checkpoint.paths import inside
 from mmtrain.checkpoint.pieces import MEAN, WEIGHT, Pieces, opened
 from mmtrain.checkpoint.tensorfile import INDEX, TensorInfo, write_sharded
 from mmtrain.errors import ContentError, MissingError, StorageError
@@ -68,7 +69,7 @@ class Description:
             if version != VERSION:
                 raise ContentError(f"{path}: version {version}, this code reads {VERSION}")
             return cls(**raw)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ContentError(f"{path}: not a description of weights ({error!r})") from error
 
 
@@ -139,17 +140,18 @@ class ExportedTensors:
 
         Raises:
             MissingError: the folder has no index.
-            ContentError: the index is not JSON.
+            ContentError: the index is not one, or names files elsewhere.
         """
         self.folder = folder
         try:
-            self._files: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+            files = dict(json.loads((folder / INDEX).read_text())["weight_map"])
         except FileNotFoundError as error:
             raise MissingError(
                 f"{folder / INDEX}: not found; expected a folder written by `mmtrain convert`"
             ) from error
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ContentError(f"{folder / INDEX}: not a weight index ({error!r})") from error
+        self._files = {name: inside(folder, file, folder / INDEX) for name, file in files.items()}
 
     def names(self) -> list[str]:
         """Canonical names, sorted."""
@@ -161,11 +163,11 @@ class ExportedTensors:
 
     def info(self, name: str) -> TensorInfo:
         """Full shape and number type of a tensor."""
-        return opened(self.folder / self._files[name]).infos[name]
+        return opened(self._files[name]).infos[name]
 
     def get(self, name: str) -> Tensor:
         """The full tensor."""
-        return opened(self.folder / self._files[name]).get(name)
+        return opened(self._files[name]).get(name)
 
 
 def open_tensors(path: Path) -> FullTensors:

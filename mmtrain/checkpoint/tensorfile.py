@@ -34,6 +34,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
+MAX_HEADER = 100_000_000  # bytes, as safetensors' own readers allow
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,10 @@ class TensorFile:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > size - 8:
                 raise DamagedFileError(f"it ends inside its header of {length:,} bytes")
+            if length > MAX_HEADER:
+                raise DamagedFileError(
+                    f"its header claims {length:,} bytes, the format allows {MAX_HEADER:,}"
+                )
             text = handle.read(length)
         infos, places, end = {}, {}, 0
         try:
@@ -103,11 +108,13 @@ class TensorFile:
                     continue
                 infos[name] = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
                 first, last = entry["data_offsets"]
+                if min((first, *infos[name].shape)) < 0:
+                    raise DamagedFileError(f"{name} has a negative size or place")
                 if last - first != infos[name].bytes:
                     raise DamagedFileError(f"{name} ({infos[name]}) has {last - first:,} bytes")
                 places[name] = 8 + length + first
                 end = max(end, last)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, DamagedFileError):
                 raise
             raise DamagedFileError(f"its header cannot be read: {error!r}") from error

@@ -79,6 +79,8 @@ def stored(path: Path, tensor: Tensor) -> Stored:
     span = 1 + sum((length - 1) * step for length, step in steps) if tensor.numel() else 0
     begin: Any = tensor.untyped_storage()._checkpoint_offset
     place = int(begin) + int(tensor.storage_offset()) * width
+    if not 0 <= place <= place + span * width <= path.stat().st_size:
+        raise ContentError(f"{path}: a tensor of {info} lies outside of the file; it is forged")
 
     def read() -> Tensor:
         flat = read_bytes(path, place, span * width).view(info.dtype)
@@ -100,6 +102,7 @@ def load_frame(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
     """
     try:
         if zipfile.is_zipfile(path):
+            _refuse_packed(path)
             with FakeTensorMode(), torch.serialization.safe_globals(list(stand_ins)):
                 return torch.load(path, map_location="cpu", weights_only=True)
         # files of torch before 1.6 do not say where their numbers are
@@ -116,6 +119,17 @@ def load_frame(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
         raise ContentError(_damaged(path, error)) from error
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ContentError(_damaged(path, error)) from error
+
+
+def _refuse_packed(path: Path) -> None:
+    """Refuse an archive that unpacks to more than itself: torch stores, a bomb is compressed."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise ContentError(
+            f"{path}: {path.stat().st_size:,} bytes that unpack to {unpacked:,}; torch never "
+            "compresses weights, so it was not opened. Save them again with torch.save"
+        )
 
 
 def _wanted_code(message: str) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmtrain.checkpoint.paths import inside
 from mmtrain.checkpoint.tensorfile import DamagedFileError, TensorFile, TensorInfo
 from mmtrain.convert.pickles import SUFFIXES, read_pickle
 from mmtrain.errors import ContentError, MissingError
@@ -121,9 +122,11 @@ def _open_safetensors(path: Path) -> Source:
 def open_index(index: Path) -> Source:
     """Open shards by their index."""
     try:
-        held: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        held: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ContentError(f"{index}: not a weight index ({error!r})") from error
+    for name in held.values():
+        inside(index.parent, name, index, links=True)
     names = sorted(set(held.values()))
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
@@ -157,7 +160,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise MissingError(f"{path}: not found; the folder needs it beside its weights") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ContentError(f"{path}: not JSON ({error})") from error
     if not isinstance(found, dict):
         raise ContentError(f"{path}: holds a {type(found).__name__}; expected a JSON object")

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
-
 from mmtrain.data import images
 from mmtrain.data.chat import Content, Template, Turn, chat_document, template_of
 from mmtrain.data.chat_formats import (
@@ -262,10 +260,9 @@ def _picture(folder: Path, name: str) -> tuple[bytes, ...]:
 def _as_png(blob: bytes, name: str, error: Exception) -> bytes:
     """GIF (its first frame) and BMP; what is damaged stays so."""
     try:
-        with Image.open(io.BytesIO(blob), formats=_CONVERTED) as picture:
-            if picture.width * picture.height <= images.MAX_PIXELS:
-                return images.encode_png(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        with images.opened(io.BytesIO(blob), _CONVERTED) as picture:
+            return images.encode_png(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, EOFError, images.DecodeError):
         pass  # told below, with the first reason
     raise Broken(Reason.undecodable, f"{name[:80]} cannot be decoded ({error})") from error
 
@@ -288,6 +285,8 @@ def _path(folder: Path, name: str) -> Path:
 
 def _bytes(path: Path, name: str) -> bytes:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError("it is a device or a pipe, which may have no end")
         return path.read_bytes()
     except (OSError, ValueError) as error:
         what = (

@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from streaming.base.hashing import get_hash, is_hash
 from streaming.base.storage.download import CloudDownloader
 
+from mmtrain.checkpoint.paths import inside
 from mmtrain.errors import ContentError, MissingError, StorageError
 
+INDEX = "index.json"
 HASH = "xxh3_128"  # of files written here: 10 GB/s on one core, 7 ms for a 64 MiB shard
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,14 @@ class Folder:
     attempts: int = 3
     timeout_seconds: float = 60.0
 
+    def path(self, name: str) -> Path:
+        """Where a file that the index names is, or will be.
+
+        Raises:
+            ContentError: the name leaves the folder; in a cache, also by a link.
+        """
+        return inside(self.local, name, self.local / INDEX, links=self.remote is None)
+
     def ensure(self, expected: ExpectedFile) -> Path:
         """Path of a file whose size and hash were checked just now.
 
@@ -68,7 +78,7 @@ class Folder:
             ContentError: its content is not what the index recorded.
             StorageError: it cannot be read or fetched.
         """
-        path = self.local / safe_name(expected.name)
+        path = self.path(expected.name)
         if path.is_file() and (fault := expected.fault(_read(path))) is None:
             return path
         if self.remote is None:
@@ -112,18 +122,6 @@ class Folder:
             os.replace(arriving, path)
         finally:
             arriving.unlink(missing_ok=True)
-
-
-def safe_name(name: str) -> str:
-    """`name` itself, when it stays inside its folder.
-
-    Raises:
-        ContentError: it is absolute or climbs out (a forged index could write anywhere).
-    """
-    pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name:
-        raise ContentError(f"file name {name!r} leaves its dataset folder; the index is forged")
-    return name
 
 
 @contextmanager

@@ -165,7 +165,7 @@ def load(folder: Folder, *, fingerprint: str, dataset: str, advice: str) -> Leng
         found = (manifest["format"], manifest["tokenizer"], manifest["dataset"])
         stored = [name for name in _ARRAYS if f"{name}.npy" in manifest["files"]]
         records = {name: manifest["files"][f"{name}.npy"] for name in stored}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ContentError(f"{path} is damaged ({error!r}); {advice}") from error
     names = ("index format", "tokenizer fingerprint", "hash of index.json")
     wanted = (FORMAT, fingerprint, dataset)

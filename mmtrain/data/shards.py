@@ -33,12 +33,10 @@ from mmtrain.data.document import (
     from_row,
     to_row,
 )
-from mmtrain.data.fetch import HASH, ExpectedFile, Folder, safe_name
+from mmtrain.data.fetch import HASH, INDEX, ExpectedFile, Folder
 from mmtrain.data.lengths import Lengths
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.errors import ContentError, MissingError, StorageError
-
-INDEX = "index.json"
 
 
 class ShardWriter:
@@ -141,11 +139,19 @@ def _publish(partial: Path, path: Path) -> None:
     """Flush every file of `partial` to disk, then rename the folder."""
     for file in sorted(partial.rglob("*")):
         _flush(file)
-    partial.chmod(0o755)  # mkdtemp makes folders that only their owner reads
+    # mkdtemp makes folders that only their owner reads; this one is as open as the user's others
+    partial.chmod(0o775 & ~_umask())
     _flush(partial)
     refuse_existing(path)
     os.rename(partial, path)
     _flush(path.parent)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    found = os.umask(0o077)
+    os.umask(found)
+    return found
 
 
 def _flush(path: Path) -> None:
@@ -180,7 +186,14 @@ class Rows:
         self.dataset = get_hash(HASH, text)  # identity of the dataset
         try:
             self._shards = [_reader(folder, e, columns) for e in json.loads(text)["shards"]]
-        except (KeyError, TypeError, ValueError, AssertionError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            AssertionError,
+            RecursionError,
+        ) as error:
             place = folder.local / INDEX
             raise ContentError(
                 f"{place} is no MDS index: {type(error).__name__} {error}"
@@ -220,7 +233,7 @@ class Rows:
         self._checked.add(shard)
 
     def _unpack(self, raw: ExpectedFile, reader: Any) -> None:
-        path = self.folder.local / safe_name(raw.name)
+        path = self.folder.path(raw.name)
         if path.is_file() and raw.fault(path.read_bytes()) is None:
             return
         info = reader.zip_data
@@ -353,8 +366,13 @@ def _read_index(folder: Folder) -> bytes:
 def _reader(folder: Folder, entry: dict[str, Any], columns: Mapping[str, str]) -> Any:
     for key in ("raw_data", "zip_data"):
         if entry.get(key):
-            safe_name(entry[key]["basename"])
+            folder.path(entry[key]["basename"])
     found = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
+    if pickled := sorted(name for name, encoding in found.items() if encoding == "pkl"):
+        raise ContentError(
+            f"{folder.local / INDEX}: the columns {pickled} hold pickles, which can run code when "
+            "they are read; refused. Convert the dataset with `write_shards` where it was made"
+        )
     if found != columns:
         raise ContentError(
             f"{folder.local / INDEX} holds columns {found}, wanted are {dict(columns)}; "

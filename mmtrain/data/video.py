@@ -7,9 +7,11 @@ are stored as encoded frames (`Part.media` of a video part). Needs the extra `mm
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from mmtrain.data.images import MAX_PIXELS, TOO_LARGE
 from mmtrain.data.rules import spaced
 from mmtrain.errors import ContentError, MissingError
 
@@ -17,6 +19,9 @@ try:
     import av
 except ImportError:  # the extra is optional; read_frames says how to get it
     av = None
+
+# FFmpeg's names of what a clip may be: files that hold their frames, no playlists or scripts
+CONTAINERS = ("mov", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg", "asf", "gif")
 
 
 def read_frames(
@@ -30,7 +35,7 @@ def read_frames(
     """Frames of a video file, evenly spaced with the first and the last unless told otherwise.
 
     Args:
-        path: any container that FFmpeg reads.
+        path: one of `CONTAINERS`.
         frames: how many at most.
         choose: (frames there are, frames wanted) -> which.
         longest_side: pixels; larger frames are made smaller, aspect kept.
@@ -48,11 +53,11 @@ def read_frames(
     if not path.is_file():
         raise MissingError(f"{path} is not there")
     try:
-        with av.open(str(path)) as container:
+        with _opened(path) as container:
             # counted by decoding: packet counts of broken and variable-rate files lie
             count = sum(1 for _ in container.decode(video=0))
         wanted = choose(count, frames) if count else []
-        with av.open(str(path)) as container:
+        with _opened(path) as container:
             kept = {
                 index: _jpeg(frame.to_image(), longest_side, quality)
                 for index, frame in enumerate(container.decode(video=0))
@@ -63,6 +68,18 @@ def read_frames(
     if not wanted:
         raise ContentError(f"{path} holds no frame")
     return [kept[index] for index in wanted]
+
+
+def _opened(path: Path) -> Any:
+    """The container, read from this one file by its own demuxer, and its header looked at."""
+    # FFmpeg goes by content, not by name: a playlist named .mp4 would have it open other files
+    options = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
+    container = av.open(str(path), options=options)
+    for stream in container.streams.video:
+        if stream.width * stream.height > MAX_PIXELS:
+            container.close()
+            raise ValueError(f"frames of {stream.width} x {stream.height}, {TOO_LARGE}")
+    return container
 
 
 def _jpeg(picture: Image.Image, longest_side: int, quality: int) -> bytes:

@@ -146,14 +146,21 @@ def load_vocabulary(folder: Path) -> Vocabulary:
 
     Raises:
         MissingError: the folder or its tokenizer files are not there.
-        ContentError: the files are no tokenizer.
+        ContentError: the files are no tokenizer, or want to run code.
     """
     if not folder.is_dir():
         raise MissingError(f"tokenizer folder {folder} is not there")
     fingerprint = fingerprint_of(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise ContentError(
+                f"tokenizer {folder} brings code of its own, which is not run; name one that "
+                "transformers reads by itself (a tokenizer.json)"
+            ) from error
         raise ContentError(f"tokenizer {folder} cannot be loaded: {error}") from error
     return Vocabulary(folder, fingerprint, tokenizer)
 

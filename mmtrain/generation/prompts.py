@@ -17,7 +17,7 @@ from PIL import Image, ImageSequence
 
 from mmtrain.data.chat import Turn, prompt_parts, template_of
 from mmtrain.data.document import Modality, Part
-from mmtrain.data.images import encode_png, open_picture
+from mmtrain.data.images import DecodeError, encode_png, open_picture, opened
 from mmtrain.data.video import read_frames
 from mmtrain.errors import MmtrainError, Problem, RecipeError
 
@@ -27,6 +27,7 @@ FRAMES = 8  # of a clip
 _PICTURES = ("png", "jpg", "jpeg", "webp", "bmp")
 _FILMS = ("mp4", "webm", "mkv", "mov", "avi")
 _ANIMATED = ("gif",)
+_READ = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # PIL goes by content, not by name
 _MEDIA = re.compile(rf"\[([^\[\]]+\.(?:{'|'.join(_PICTURES + _FILMS + _ANIMATED)}))\]", re.I)
 
 Row = list[str | Image.Image]
@@ -142,7 +143,7 @@ def _pieces(words: str, option: str, faults: list[Problem]) -> Row:
             continue
         try:
             row += open_media(Path(piece))
-        except (OSError, MmtrainError) as error:
+        except (OSError, MmtrainError, DecodeError) as error:
             faults.append(Problem(option, f"{piece} cannot be opened: {error}"))
     return row
 
@@ -152,13 +153,14 @@ def open_media(path: Path) -> list[Image.Image]:
 
     Raises:
         OSError: it is not there or no picture.
+        DecodeError: it has too many pixels.
         MmtrainError: it is a clip that cannot be decoded.
     """
     ending = path.suffix.lower().lstrip(".")
     if ending in _FILMS:
         blobs = read_frames(path, FRAMES, choose=released_frames)
         return list(map(open_picture, blobs))
-    with Image.open(path) as picture:
+    with opened(path, _READ) as picture:
         if ending not in _ANIMATED:
             return [picture.convert("RGB")]
         frames = list(_frames(picture))

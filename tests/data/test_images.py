@@ -1,6 +1,8 @@
 """Pixels are those of the released preprocessing; what cannot be decoded says so."""
 
 import io
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,5 +83,22 @@ def test_a_damaged_picture_is_refused_with_and_without_pixels(blob: bytes) -> No
 
 def test_a_picture_that_claims_too_many_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
-    with pytest.raises(DecodeError, match="too many pixels"):
+    with pytest.raises(DecodeError, match="more than"):
         decode(encoded(noise(20, 20)), LAYOUT)
+
+
+def _memory(key: str) -> int:
+    """A figure of this process in kB, as in `VmHWM`, the most it has held."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts this memory")
+def test_a_huge_picture_costs_neither_time_nor_memory(huge_png: bytes) -> None:
+    Path("/proc/self/clear_refs").write_text("5")  # the most held is counted from here
+    before, start = _memory("VmRSS"), time.perf_counter()
+    for use in (check, images.open_picture):
+        with pytest.raises(DecodeError, match="more than 67,108,864 pixels"):
+            use(huge_png)
+    assert time.perf_counter() - start < 0.5  # milliseconds; decoding takes seconds
+    assert _memory("VmHWM") - before < 50_000  # decoded it is 1.2 GB

@@ -10,6 +10,7 @@ import torch
 from made import document, kept_source, png
 from torch import Tensor
 
+from mmtrain.data import images
 from mmtrain.data.assemble import Assembler
 from mmtrain.data.batch import Batch
 from mmtrain.data.document import Document
@@ -127,11 +128,15 @@ def test_a_batch_that_ranks_cannot_share_is_a_fault_of_the_recipe(make: Make) ->
 
 
 def broken_loader(
-    vocabulary: Vocabulary, layout: SequenceFormat, share: float, broken: int = 3
+    vocabulary: Vocabulary,
+    layout: SequenceFormat,
+    share: float,
+    broken: int = 3,
+    spoilt: bytes | None = None,
 ) -> Loader:
     whole = png((9, 99, 200))
     documents = [
-        document(f"d{index}", "a red circle", whole[:-30] if index < broken else whole)
+        document(f"d{index}", "a red circle", (spoilt or whole[:-30]) if index < broken else whole)
         for index in range(40)
     ]
     options = RuleOptions(rule=Rule.document, max_positions=TOKENS)
@@ -150,6 +155,20 @@ def test_broken_pictures_are_counted_and_logged_once(
     for step in range(3):
         loader.step(step)
     assert loader.failures == {("pages", "OSError"): loader.failures.total()}
+    assert loader.failures.total() >= 3 and len(caplog.records) == 1
+    assert "source pages sample d" in caplog.text
+
+
+def test_a_picture_with_too_many_pixels_is_counted_like_a_broken_one(
+    vocabulary: Vocabulary,
+    layout: SequenceFormat,
+    caplog: pytest.LogCaptureFixture,
+    huge_png: bytes,
+) -> None:
+    loader = broken_loader(vocabulary, layout, share=0.01, spoilt=huge_png)
+    for step in range(3):
+        loader.step(step)
+    assert loader.failures == {("pages", images.TOO_LARGE): loader.failures.total()}
     assert loader.failures.total() >= 3 and len(caplog.records) == 1
     assert "source pages sample d" in caplog.text
 

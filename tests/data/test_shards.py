@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from streaming.base.format.mds.writer import MDSWriter
 
 from mmtrain.data.document import COLUMNS, Document, Modality, Part, from_row, to_row
-from mmtrain.data.fetch import ExpectedFile, Folder, safe_name
+from mmtrain.data.fetch import ExpectedFile, Folder
 from mmtrain.data.shards import build_index, load_lengths, open_shards, write_shards
 from mmtrain.data.vocabulary import Vocabulary
 from mmtrain.errors import ContentError, MissingError, StorageError
@@ -170,6 +170,18 @@ def test_what_is_no_dataset_is_said_to_be_none(tmp_path: Path) -> None:
         open_shards(tmp_path)
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o077, 0o700), (0, 0o775)])
+def test_a_dataset_is_as_open_as_the_user_wants_and_never_to_all(
+    tmp_path: Path, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        written(tmp_path / "pages")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "pages").stat().st_mode & 0o777 == mode
+
+
 def test_another_project_s_columns_are_refused(tmp_path: Path) -> None:
     with MDSWriter(columns={"text": "str"}, out=str(tmp_path / "other")) as writer:
         writer.write({"text": "a"})
@@ -180,7 +192,7 @@ def test_another_project_s_columns_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../../x.mds", "/etc/passwd", "a/../../b", "", "..\\x"])
 def test_a_forged_index_cannot_leave_its_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(ContentError, match="forged"):
-        safe_name(name)
+        Folder(local=tmp_path).path(name)
     written(tmp_path / "pages")
     index = tmp_path / "pages" / "index.json"
     content = json.loads(index.read_text())

@@ -34,6 +34,13 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "clip.mp4").write_bytes(b"no video" * 100)
     with pytest.raises(ContentError, match="cannot be decoded as video"):
         video.read_frames(tmp_path / "clip.mp4", 4)
+    film(tmp_path / "whole.mp4", 3)
+    (tmp_path / "clip.mp4").write_text("ffconcat version 1.0\nfile whole.mp4\n")
+    with pytest.raises(ContentError, match="cannot be decoded as video"):  # of other files
+        video.read_frames(tmp_path / "clip.mp4", 4)
+    monkeypatch.setattr(video, "MAX_PIXELS", 100)
+    with pytest.raises(ContentError, match="frames of 64 x 48, more than"):
+        video.read_frames(tmp_path / "whole.mp4", 4)
     monkeypatch.setattr(video, "av", None)
     with pytest.raises(MissingError, match=r"pip install 'mmtrain\[video\]'"):
         video.read_frames(tmp_path / "clip.mp4", 4)

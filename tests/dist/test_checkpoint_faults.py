@@ -68,19 +68,27 @@ def test_multiples_of_a_step_are_kept_for_ever(world: World) -> None:
     assert steps(world, "kept") == [4, 8]
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
+KILLS = [
+    ("begin", 0, 3),
+    ("write", 0, 40),  # in the middle of the first or second file
+    ("write", 1, 40),
+    ("hash", 1, 3),
+    ("commit", 0, 3),
+    ("manifest", 0, 3),
+    ("rename", 0, 3),
+    ("retention", 0, 3),
+    ("removal", 0, 1),
+]
+QUICK = {("write", 1, "true"), ("write", 0, "false"), ("manifest", 0, "true"),
+         ("rename", 0, "true"), ("removal", 0, "true")}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("phase", "rank", "number"),
+    ("phase", "rank", "number", "background"),
     [
-        ("begin", 0, 3),
-        ("write", 0, 40),  # in the middle of the first or second file
-        ("write", 1, 40),
-        ("hash", 1, 3),
-        ("commit", 0, 3),
-        ("manifest", 0, 3),
-        ("rename", 0, 3),
-        ("retention", 0, 3),
-        ("removal", 0, 1),
+        pytest.param(*kill, how, marks=() if (*kill[:2], how) in QUICK else pytest.mark.slow)
+        for kill in KILLS
+        for how in ("true", "false")
     ],
 )
 def test_a_rank_killed_while_saving_loses_no_checkpoint(
@@ -141,11 +149,11 @@ def remove_manifest(folder: Path) -> str:
     "damage",
     [
         damage_weights,
-        truncate_weights,
+        pytest.param(truncate_weights, marks=pytest.mark.slow),
         remove_weights,
         cut_manifest,
-        empty_manifest,
-        remove_manifest,
+        pytest.param(empty_manifest, marks=pytest.mark.slow),
+        pytest.param(remove_manifest, marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(
@@ -218,7 +226,7 @@ def test_a_renamed_parameter_is_named(world: World, copied: Callable[[str], Path
     assert "causal.queries: not in the checkpoint, which has causal.query" in world.last_log
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.parametrize("background", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_full_disk_costs_a_checkpoint_not_the_run(
     world: World, whole: str, background: str
 ) -> None:

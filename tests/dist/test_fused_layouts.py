@@ -35,7 +35,13 @@ def chain(world: World) -> list[dict[str, Any]]:
     return lines
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("one", "tp2") else ())
+        for name in LAYOUTS
+    ],
+)
 def test_the_fused_trunk_trains_as_its_modules_do(
     world: World, chain: list[dict[str, Any]], layout: str
 ) -> None:

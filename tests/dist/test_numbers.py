@@ -23,7 +23,12 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "tp2-pp2": (4, 2, ("parallel.tensor=2", "parallel.pipeline=2")),
 }
 BF16 = ("one-rank", "dp2-zero0", "dp2-zero2", "dp2-zero3", "pp2")
-RUNS = [*((layout, "fp32") for layout in LAYOUTS), *((layout, "bf16") for layout in BF16)]
+QUICK = {("one-rank", "fp32"), ("one-rank", "bf16"), ("dp2-zero0", "bf16"), ("dp2-zero1", "fp32"),
+         ("dp2-zero3", "fp32"), ("pp2", "fp32")}  # fmt: skip
+RUNS = [
+    pytest.param(*run, marks=() if run in QUICK else pytest.mark.slow)
+    for run in [*((layout, "fp32") for layout in LAYOUTS), *((layout, "bf16") for layout in BF16)]
+]
 
 
 def strict(line: str) -> Any:
@@ -112,7 +117,7 @@ BACK = (
 )
 
 
-@pytest.mark.parametrize("layout", ["dp2-zero3", "pp2"])
+@pytest.mark.parametrize("layout", ["dp2-zero3", pytest.param("pp2", marks=pytest.mark.slow)])
 def test_bad_steps_in_a_row_go_back_and_leave_their_batches_out(world: World, layout: str) -> None:
     """Batches 6 and 7 are bad: from the checkpoint of step 4 on, step 5 reads batch 8."""
     ranks, rank, overrides = LAYOUTS[layout]
@@ -189,10 +194,10 @@ def test_a_spike_is_rewound_and_its_batches_left_out(world: World) -> None:
     ("layout", "precision"),
     [
         ("one-rank", "fp32"),
-        ("dp2-zero0", "bf16"),
-        ("dp2-zero1", "fp32"),
+        pytest.param("dp2-zero0", "bf16", marks=pytest.mark.slow),
+        pytest.param("dp2-zero1", "fp32", marks=pytest.mark.slow),
         ("dp2-zero3", "fp32"),
-        ("pp2", "bf16"),
+        pytest.param("pp2", "bf16", marks=pytest.mark.slow),
     ],
 )
 def test_a_spike_is_skipped_before_it_is_learnt(
@@ -220,11 +225,15 @@ def test_off_means_that_spikes_are_learnt(world: World) -> None:
 @pytest.mark.parametrize(
     ("layout", "rank", "name", "axis"),
     [
-        ("dp2-zero0", 1, "blocks.1.mlp.down.weight", "data"),
+        pytest.param(
+            "dp2-zero0", 1, "blocks.1.mlp.down.weight", "data", marks=pytest.mark.slow
+        ),
         ("dp2-zero1", 0, "blocks.1.mlp.down.weight", "data"),
         ("tp2", 1, "blocks.1.norm2.weight", "tensor"),
-        ("tp2-zero3", 1, "blocks.1.norm2.weight", "tensor"),
-        ("tp2-pp2", 3, "head.norm.weight", "tensor"),
+        pytest.param(
+            "tp2-zero3", 1, "blocks.1.norm2.weight", "tensor", marks=pytest.mark.slow
+        ),
+        pytest.param("tp2-pp2", 3, "head.norm.weight", "tensor", marks=pytest.mark.slow),
     ],
 )
 def test_a_flipped_bit_is_found_before_it_is_saved(
@@ -239,6 +248,7 @@ def test_a_flipped_bit_is_found_before_it_is_saved(
     assert store.committed(world.folder / "runs" / run / "checkpoints") == []
 
 
+@pytest.mark.slow
 def test_replicas_are_the_same_to_the_last_bit_under_sequence_parallelism(world: World) -> None:
     """The other layouts are compared at every save of the first test."""
     every = ("train.steps=4", "watch.replicas_every_steps=1", "parallel.sequence=true")

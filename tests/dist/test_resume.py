@@ -13,7 +13,6 @@ LAYOUTS = {
     "two-workers": (1, "data.workers=2"),
     "tp2-dp2": (4, "parallel.tensor=2"),
     "pp2": (2, "parallel.pipeline=2"),
-    "dp2-zero0": (2, "parallel.zero_stage=0"),
     "dp2-zero3": (2, "parallel.zero_stage=3"),
     "dp2-zero0-bf16": (2, "parallel.zero_stage=0", "train.precision=bf16"),
     "pp2-bf16": (2, "parallel.pipeline=2", "train.precision=bf16"),

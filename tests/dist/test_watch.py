@@ -92,7 +92,13 @@ INTERRUPTED = {
 }
 
 
-@pytest.mark.parametrize("phase", INTERRUPTED)
+@pytest.mark.parametrize(
+    "phase",
+    [
+        pytest.param(phase, marks=pytest.mark.slow if phase in ("setup", "forward") else ())
+        for phase in INTERRUPTED
+    ],
+)
 def test_a_signal_to_one_rank_ends_all_after_the_step_and_the_run_goes_on(
     world: World, whole: list[dict[str, Any]], phase: str
 ) -> None:
@@ -223,7 +229,7 @@ def test_a_collective_that_times_out_is_a_hang(world: World) -> None:
 LAYOUTS = {"data": (), "tensor": ("parallel.tensor=2",), "stages": ("parallel.pipeline=2",)}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["data", "stages", pytest.param("tensor", marks=pytest.mark.slow)])
 def test_a_dead_rank_ends_the_others_in_seconds(world: World, layout: str) -> None:
     name = f"dead-{layout}"
     ranks = start(world, name, *ENDLESS, *LAYOUTS[layout])
