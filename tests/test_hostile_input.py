@@ -160,8 +160,10 @@ def test_yaml_bombs_are_one_line(
 ) -> None:
     text, says = BOMBS[name]
     recipe.write_text(recipe.read_text() + "\n" + text + "\n")
+    start = time.perf_counter()
     said = refused(capsys, 2, "check", recipe)
     assert says in said and len(said) < 600
+    assert time.perf_counter() - start < 8  # about 1 s; without limits it never ends
 
 
 @pytest.mark.parametrize(
