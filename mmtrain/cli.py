@@ -81,6 +81,7 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code."""
+    os.umask(os.umask(0o077) | 0o002)  # what a run writes is never writable for everybody
     place = launched(os.environ)
     log.start(place.rank, place.world_size)
     arguments = _parse(argv)

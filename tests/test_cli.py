@@ -1,5 +1,6 @@
 """The command line: what is printed where, and the exit codes."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -216,3 +217,14 @@ def test_a_run_that_insists_on_the_kernels_is_not_sampled_without_them(
     recipe.write_text(recipe.read_text().replace("torch}", "cuda}"))
     assert main(["sample", str(run_folder)]) == ExitCode.MISSING
     assert "ops.attention: cuda, but there is no CUDA device" in capsys.readouterr().err
+
+
+def test_what_a_command_writes_is_never_writable_for_everybody(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        assert main(["data", "shapes", str(tmp_path / "shapes"), "--documents", "4"]) == 0
+    finally:
+        os.umask(before)
+    made = [tmp_path / "shapes", *(tmp_path / "shapes").rglob("*")]
+    assert len(made) > 10
+    assert not [path for path in made if path.stat().st_mode & 0o002]
