@@ -222,7 +222,7 @@ def test_a_run_that_insists_on_the_kernels_is_not_sampled_without_them(
 def test_what_a_command_writes_is_never_writable_for_everybody(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        assert main(["data", "shapes", str(tmp_path / "shapes"), "--documents", "4"]) == 0
+        assert main(["data", "shapes", str(tmp_path / "shapes"), "--documents", "60"]) == 0
     finally:
         os.umask(before)
     made = [tmp_path / "shapes", *(tmp_path / "shapes").rglob("*")]
