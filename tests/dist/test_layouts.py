@@ -63,7 +63,14 @@ def test_the_reference_run_learns_and_sees_every_kind_of_pack(
     assert sources == {"captions", "pages", "clips", "boards", "text"}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# each is part of a larger one that is always checked
+SLOW = {"tp2-pp2", "tp2-sequence", "tp2-recompute-zero3"}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS],
+)
 def test_training_does_not_depend_on_the_layout(
     world: World, reference: list[dict[str, Any]], layout: str
 ) -> None:
