@@ -53,7 +53,8 @@ from mmtrain.train.guard import Guard
 from mmtrain.train.metrics import Reporter, Work
 from mmtrain.train.optim import Filled, build_optimizer, choose, parameter_groups, used_groups
 from mmtrain.train.peak import peak_tflops
-from mmtrain.train.save import Saver, Target, newest_sound, restore
+from mmtrain.train.restore import newest_sound, restore
+from mmtrain.train.save import Saver, Target
 from mmtrain.train.signals import Listener
 from mmtrain.train.state import TrainState
 from mmtrain.train.watch import Watch

@@ -20,7 +20,8 @@ from mmtrain.settings import Spike, WatchConfig
 from mmtrain.train.metrics import Reporter
 from mmtrain.train.pace import Pace
 from mmtrain.train.replicas import Replicas
-from mmtrain.train.save import Saver, newest_sound
+from mmtrain.train.restore import newest_sound
+from mmtrain.train.save import Saver
 from mmtrain.train.spikes import SpikeJudge
 from mmtrain.train.state import StepReport, TrainState
 

@@ -63,7 +63,7 @@ def test_the_reference_run_learns_and_sees_every_kind_of_pack(
     assert sources == {"captions", "pages", "clips", "boards", "text"}
 
 
-# each is part of a larger one that is always checked
+# what they combine is always checked in another combination
 SLOW = {"tp2-pp2", "tp2-sequence", "tp2-recompute-zero3"}
 
 
