@@ -228,6 +228,10 @@ def _take(results: Iterator[_Result[Made]]) -> _Result[Made]:
         if not str(error).startswith("DataLoader"):  # torch 2.15: both messages begin so
             raise
         raise StorageError(f"a data worker is gone or hangs: {error}") from error
+    except (OSError, EOFError) as error:  # it died while its batch was being handed over
+        raise StorageError(
+            f"a data worker is gone, or a file cannot be read: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _results(

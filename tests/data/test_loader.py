@@ -235,6 +235,16 @@ def test_torch_s_word_for_a_killed_worker_is_understood() -> None:
         _take(results())
 
 
+@pytest.mark.parametrize("error", [ConnectionRefusedError(111, "refused"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_over_is_one_too(error: Exception) -> None:
+    def results() -> Iterator[Any]:
+        raise error
+        yield
+
+    with pytest.raises(StorageError, match=f"a data worker is gone, .*: {type(error).__name__}"):
+        _take(results())
+
+
 @pytest.mark.parametrize("ranks, micro", [(1, 1), (2, 1), (3, 2), (4, 1)])
 def test_held_out_packs_come_once_and_every_rank_gets_as_many(
     sources: list[Source], vocabulary: Vocabulary, layout: SequenceFormat, ranks: int, micro: int

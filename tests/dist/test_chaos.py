@@ -12,7 +12,7 @@ import pytest
 def test_ranks_killed_at_random_moments_lose_nothing(layout: str) -> None:
     script = Path(__file__).with_name("chaos.py")
     done = subprocess.run(
-        [sys.executable, str(script), "--kills", "3", "--layout", layout],
+        [sys.executable, str(script), "--kills", "2", "--layout", layout],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -36,7 +36,13 @@ def numbers(world: World, name: str) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "pp2-bf16" else ())
+        for name in LAYOUTS
+    ],
+)
 def test_a_resumed_run_continues_bit_for_bit(world: World, layout: str) -> None:
     ranks, *overrides = LAYOUTS[layout]
     whole, cut = f"whole-{layout}", f"cut-{layout}"

@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = REPOSITORY / "configs/emu/tiny.yaml"
@@ -149,6 +152,16 @@ class World:
             text=True,
             check=False,
         )
+
+    def tool_here(self, monkeypatch: pytest.MonkeyPatch, name: str, *argv: str) -> int:
+        """Exit code of a script of `tools/` in the folder, run in this process."""
+        spec = spec_from_file_location("tool", REPOSITORY / "tools" / name)
+        assert spec is not None and spec.loader is not None
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.chdir(self.folder)
+        monkeypatch.setattr(sys, "argv", [name, *argv])
+        return int(module.main())
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """The lines of a run's `metrics.jsonl`."""
