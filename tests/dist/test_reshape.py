@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from world import World
+from world import World, kept
 
 from mmtrain.checkpoint.manifest import Manifest
 from mmtrain.checkpoint.pieces import Pieces
@@ -69,17 +69,6 @@ def test_a_run_goes_on_under_another_layout(
     world.train(name, ranks, *SHORT, *overrides)
     assert len(losses(world, name)) == 5
     assert losses(world, name) == pytest.approx(losses(world, whole(source)), rel=1e-6)
-
-
-def kept(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
-    """Every full tensor of a checkpoint, by kind and name."""
-    manifest = Manifest.read(folder)
-    pieces = Pieces(folder, manifest)
-    return {
-        (kind, name): pieces.full(kind, name)
-        for name in manifest.weights
-        for kind in pieces.kinds_of(name)
-    }
 
 
 def test_a_checkpoint_is_cut_there_and_back_to_the_last_bit(

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from forge import free_port
-from world import REPOSITORY, TINY, World
+from world import REPOSITORY, TINY, World, kept
 
 from mmtrain.checkpoint.manifest import Manifest
 from mmtrain.checkpoint.pieces import Pieces
@@ -50,17 +50,6 @@ def on_two_ranks(world: World, *argv: str) -> None:
         )
     said = [process.communicate(timeout=600)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], said[0][-4000:]
-
-
-def kept(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
-    """Every full tensor of a checkpoint, by kind and name."""
-    manifest = Manifest.read(folder)
-    pieces = Pieces(folder, manifest)
-    return {
-        (kind, name): pieces.full(kind, name)
-        for name in manifest.weights
-        for kind in pieces.kinds_of(name)
-    }
 
 
 def assert_same(first: Path, second: Path) -> None:

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
+
+from mmtrain.checkpoint.manifest import Manifest
+from mmtrain.checkpoint.pieces import Pieces
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = REPOSITORY / "configs/emu/tiny.yaml"
@@ -167,3 +171,14 @@ class World:
         """The lines of a run's `metrics.jsonl`."""
         path = self.folder / "runs" / name / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def kept(folder: Path) -> dict[tuple[str, str], Tensor]:
+    """Every full tensor of a checkpoint, by kind and name."""
+    manifest = Manifest.read(folder)
+    pieces = Pieces(folder, manifest)
+    return {
+        (kind, name): pieces.full(kind, name)
+        for name in manifest.weights
+        for kind in pieces.kinds_of(name)
+    }
