@@ -91,6 +91,9 @@ class Stage:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # as Slurm starts it; a shell cannot trap what was ignored when it began, as SIGINT is
+            # in the background of a script
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
         )
 
     def end(self, job: subprocess.Popen[str]) -> Ended:
