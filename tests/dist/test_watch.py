@@ -200,7 +200,7 @@ def test_a_stopped_rank_is_a_stall_and_the_others_say_where_they_wait(world: Wor
     assert told["reason"] in (folder(world, "stalled") / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("how", ["sleep", "lock"])
+@pytest.mark.parametrize("how", ["sleep", pytest.param("lock", marks=pytest.mark.slow)])
 def test_a_phase_that_hangs_ends_with_86(world: World, how: str) -> None:
     """Also where Python cannot run, because a thread keeps the interpreter lock."""
     name = f"hangs-{how}"
