@@ -47,4 +47,4 @@ def test_a_cause_is_looked_for_below_what_was_raised() -> None:
 def test_a_rank_outside_collectives_is_named_by_its_innermost_function() -> None:
     said = _waiting(_outwards(sys._getframe()))
     assert said.startswith("in test_a_rank_outside_collectives_is_named_by_its_innermost_function")
-    assert "test_watch.py:" in said
+    assert "test_engine_faults.py:" in said
