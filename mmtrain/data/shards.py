@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,17 +40,32 @@ from mmtrain.errors import ContentError, MissingError, StorageError
 
 
 class ShardWriter:
-    """Collects documents into MDS shards; made by `write_shards`."""
+    """Collects documents into MDS shards; made by `write_shards`, or by an ingestion."""
 
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        """Open a writer of `folder`, which must be empty."""
+    def __init__(
+        self, folder: Path, shard_bytes: int, written: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """Open a writer of `folder`, which must be empty.
+
+        Args:
+            folder: where the next shard goes.
+            shard_bytes: a shard that would be larger is begun anew.
+            written: index entries of shards that were finished earlier, and lie elsewhere.
+        """
         self.documents = 0
         self._ids: set[str] = set()
         with storage_errors(folder):
             self._writer = MDSWriter(
                 columns=COLUMNS, out=str(folder), hashes=[HASH], size_limit=shard_bytes
             )
+        self._writer.shards = list(written)
         self._folder = folder
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        """Index entries of the shards that are finished."""
+        found: list[dict[str, Any]] = self._writer.shards
+        return found
 
     def write(self, document: Document) -> None:
         """Append one document.
@@ -62,8 +77,12 @@ class ShardWriter:
         if document.sample_id in self._ids:
             raise ContentError(f"document {document.sample_id!r} is written twice; ids are unique")
         row = to_row(document)
+        limit = self._writer.size_limit
+        if not self._writer.new_samples:
+            self._writer.size_limit = None  # else a large first one would leave an empty shard
         with storage_errors(self._folder):
             self._writer.write(row)
+        self._writer.size_limit = limit
         self._ids.add(document.sample_id)
         self.documents += 1
 
@@ -138,13 +157,13 @@ def refuse_existing(path: Path) -> None:
 def _publish(partial: Path, path: Path) -> None:
     """Flush every file of `partial` to disk, then rename the folder."""
     for file in sorted(partial.rglob("*")):
-        _flush(file)
+        flush(file)
     # mkdtemp makes folders that only their owner reads; this one is as open as the user's others
     partial.chmod(0o775 & ~_umask())
-    _flush(partial)
+    flush(partial)
     refuse_existing(path)
     os.rename(partial, path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def _umask() -> int:
@@ -154,7 +173,8 @@ def _umask() -> int:
     return found
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file or a folder on disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

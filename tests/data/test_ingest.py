@@ -1,0 +1,356 @@
+"""The frame of every ingest: the same folder for any workers and kills, and nothing half-done."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from foreign import counts, documents, files, ingest, manifest, write_tar
+from made import png
+
+from mmtrain.cli import main
+from mmtrain.data.ingest import workers
+from mmtrain.data.ingest.journal import Partial
+from mmtrain.data.ingest.webdataset import WebDataset
+from mmtrain.data.shards import load_lengths, open_shards
+from mmtrain.data.vocabulary import load_vocabulary
+from mmtrain.errors import ExitCode
+
+SMALL = ("--shard-mb", "0.0025")
+
+
+def laion(folder: Path, tars: int = 2, pairs: int = 40) -> Path:
+    """Tars of pictures and captions; every tenth caption is empty."""
+    for tar in range(tars):
+        members: dict[str, bytes] = {}
+        for number in range(pairs):
+            colour = (5 * number, 90 * tar, 200)
+            words = "" if number % 10 == 9 else f"a wall, number {number} of tar {tar}"
+            members[f"{number:05d}.jpg"] = png(colour)
+            members[f"{number:05d}.txt"] = words.encode()
+        write_tar(folder / f"{tar:05d}.tar", members)
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return laion(tmp_path / "laion")
+
+
+def partial_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")
+
+
+def journal(out: Path) -> list[dict[str, Any]]:
+    path = partial_of(out) / "journal.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# --- the same folder -----------------------------------------------------------------------
+
+
+def test_the_folder_does_not_depend_on_the_number_of_workers(source: Path, tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        options = (*SMALL, "--workers", number, "--max-failures", "0.2")
+        assert ingest("webdataset", source, tmp_path / f"by{number}", *options) == 0
+    one = files(tmp_path / "by1")
+    assert one == files(tmp_path / "by2") == files(tmp_path / "by3")
+    assert len([name for name in one if name.endswith(".mds")]) > 3
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_an_ingest_killed_anywhere_goes_on_to_the_same_folder(
+    source: Path, tmp_path: Path, shapes: Path
+) -> None:
+    """SIGKILL after the first, a middle and nearly the last shard; other numbers of workers."""
+    tokenizer = shapes / "tokenizer"
+    options = (*SMALL, "--max-failures", "0.2", "--tokenizer", tokenizer)
+    assert ingest("webdataset", source, tmp_path / "whole", *options) == 0
+    whole, out = files(tmp_path / "whole"), tmp_path / "killed"
+    for shards, number in ((1, 2), (3, 1)):
+        killed(source, out, shards, *options, "--workers", number)
+        assert not out.exists() and len(journal(out)) > shards
+    before = {path: path.stat().st_mtime_ns for path in partial_of(out).glob("shards/*.mds")}
+    assert ingest("webdataset", source, out, *options, "--workers", 3) == 0
+    assert files(out) == whole and not partial_of(out).exists()
+    kept = [out / path.name for path in before if (out / path.name).exists()]
+    unchanged = [p for p in kept if p.stat().st_mtime_ns in before.values()]
+    assert len(unchanged) >= 3  # what was finished is not made again
+
+
+def killed(source: Path, out: Path, shards: int, *options: object) -> None:
+    """Start the command in a process of its own; kill it when so many more shards are finished."""
+    wanted = max(len(journal(out)), 1) + shards
+    process = multiprocessing.get_context("fork").Process(
+        target=slowly, args=(source, out, options), daemon=False
+    )
+    process.start()
+    patience = time.monotonic() + 60
+    while len(journal(out)) < wanted and process.is_alive() and time.monotonic() < patience:
+        time.sleep(0.005)
+    assert process.is_alive(), process.exitcode
+    process.kill()
+    process.join()
+
+
+def slowly(source: Path, out: Path, options: tuple[object, ...]) -> None:
+    """The command, with a moment's wait after each document, so that a kill finds it at work."""
+    write = Partial.write
+
+    def waiting(self: Partial, *arguments: Any) -> None:
+        write(self, *arguments)
+        time.sleep(0.02)
+
+    Partial.write = waiting  # type: ignore[method-assign]
+    ingest("webdataset", source, out, *options)
+
+
+@pytest.fixture
+def half_done(source: Path, tmp_path: Path) -> Path:
+    """A half-done ingest with a few finished shards."""
+    out = tmp_path / "out"
+    for shards in range(2, 5):
+        stopped(source, out, shards)
+    assert len(journal(out)) > 3
+    return out
+
+
+class Stopped(Exception):
+    """Ends an ingest in the middle, as a full disk or a bug would."""
+
+
+def stopped(source: Path, out: Path, shards: int) -> None:
+    write = Partial.write
+
+    def until(self: Partial, *arguments: Any) -> None:
+        write(self, *arguments)
+        if self.finished >= shards:
+            raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Partial, "write", until)
+        with pytest.raises(Stopped):
+            ingest("webdataset", source, out, *SMALL, "--max-failures", "0.2")
+
+
+def test_torn_lines_and_lost_shards_are_made_again(
+    half_done: Path, source: Path, tmp_path: Path
+) -> None:
+    options = (*SMALL, "--max-failures", "0.2")
+    assert ingest("webdataset", source, tmp_path / "whole", *options) == 0
+    partial = partial_of(half_done)
+    last = journal(half_done)[-1]["shard"]["raw_data"]["basename"]
+    (partial / "shards" / last).write_bytes(b"cut")
+    with (partial / "journal.jsonl").open("a") as file:
+        file.write('{"shard": {"raw')
+    (partial / "shards/index.json").write_text("left by a kill")
+    (partial / "arriving/shard.00009.mds").write_text("left by a kill")
+    assert ingest("webdataset", source, half_done, *options) == 0
+    assert files(half_done) == files(tmp_path / "whole")
+
+
+# --- refusals ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--max-side", "16"], "--max-side: 16 now, null when"),
+        (["--reencode", "png"], '--reencode: "png" now, null when'),
+        (["--text", "caption"], '--text: "caption" now, null when'),
+        (["--shard-mb", "1"], "--shard-bytes: 1048576 now, 2621 when"),
+    ],
+)
+def test_a_changed_option_is_refused_by_its_name(
+    half_done: Path,
+    source: Path,
+    options: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = files(partial_of(half_done))
+    assert ingest("webdataset", source, half_done, *SMALL, *options) == ExitCode.RECIPE
+    error = capsys.readouterr().err
+    assert said in error and "1 fault; nothing was written" in error
+    assert "remove that folder to begin anew" in error and not half_done.exists()
+    assert files(partial_of(half_done)) == before
+
+
+def test_a_changed_source_is_refused_by_the_names_of_its_files(
+    half_done: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.utime(source / "00000.tar", (1, 1))
+    (source / "00001.tar").rename(source / "00002.tar")
+    assert ingest("webdataset", source, half_done, *SMALL) == ExitCode.RECIPE
+    error = capsys.readouterr().err
+    assert "modified 00000:" in error and "files 00001: not there now" in error
+    assert "files 00002:" in error
+    laion(source)
+    assert ingest("text", source, half_done, *SMALL) == ExitCode.MISSING  # of another kind
+    assert ingest("webdataset", source / "00001.tar", half_done, *SMALL) == ExitCode.RECIPE
+    assert "source:" in capsys.readouterr().err
+
+
+def test_what_does_not_change_the_shards_may_change(half_done: Path, source: Path) -> None:
+    options = (*SMALL, "--max-failures", "0.5", "--workers", 2)
+    assert ingest("webdataset", source, half_done, *options) == 0
+
+
+def test_too_many_failures_publish_nothing_and_are_judged_anew_when_allowed(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert ingest("webdataset", source, out) == ExitCode.CONTENT  # in one shard: nothing is kept
+    error = capsys.readouterr().err
+    assert "8 of 80 records are broken as webdataset (8 no text)" in error
+    assert "repair them, or raise --max-failures" in error
+    assert not out.exists() and not partial_of(out).exists()
+    assert ingest("webdataset", source, out, *SMALL) == ExitCode.CONTENT
+    assert "with a higher --max-failures, it goes on" in capsys.readouterr().err
+    assert len(journal(out)) > 3 and not out.exists()
+    assert ingest("webdataset", source, out, *SMALL, "--max-failures", "0.1") == 0
+    assert counts(out)["records"] == 80 and len(documents(out)) == 72
+
+
+def test_a_second_process_is_told_and_the_folder_is_left_alone(
+    half_done: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(partial_of(half_done))
+    command = (
+        "import fcntl, sys\n"
+        "lock = open(sys.argv[1], 'a')\n"
+        "fcntl.lockf(lock, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", command, partial_of(half_done) / "lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    assert ingest("webdataset", source, half_done, *SMALL) == ExitCode.PEER
+    assert "another process ingests into it" in capsys.readouterr().err
+    holder.communicate()
+    assert files(partial_of(half_done)) == before
+
+
+def test_an_output_that_exists_is_never_touched(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    assert ingest("webdataset", source, out) == ExitCode.CONTENT
+    assert list(out.iterdir()) == [] and not partial_of(out).exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data", "ingest"],
+        ["data", "ingest", "laion", "a", "b"],
+        ["data", "ingest", "text", "a", "b", "--clip-threshold", "0.3"],  # of another kind
+        ["data", "ingest", "text", "a", "b", "--workers", "0"],
+        ["data", "ingest", "text", "a", "b", "--reencode", "gif"],
+        ["data", "ingest", "text", "a", "b", "--max-failures", "2"],
+        ["data", "chat", "a", "b"],
+    ],
+)
+def test_wrong_words_are_a_wrong_command(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == ExitCode.RECIPE
+
+
+# --- workers -------------------------------------------------------------------------------
+
+
+def test_results_come_in_order_and_no_more_than_a_few_groups_are_read_ahead() -> None:
+    read = []
+
+    def items() -> Any:
+        for number in range(400):
+            read.append(number)
+            yield number
+
+    found = []
+    for result in workers.ordered_map(lambda number: (number * number, os.getpid()), items(), 2):
+        found.append(result)
+        assert len(read) - len(found) <= 16 * (3 * 2 + 1)
+    assert [square for square, _ in found] == [number**2 for number in range(400)]
+    assert os.getpid() not in {pid for _, pid in found}
+
+
+def test_a_killed_worker_ends_the_ingest_and_the_command_goes_on(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    document = WebDataset.document
+
+    def deadly(self: Any, file: Any, raw: Any) -> Any:
+        if raw.number == 35 and file.name == "00001":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return document(self, file, raw)
+
+    options = (*SMALL, "--max-failures", "0.2", "--workers", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(WebDataset, "document", deadly)
+        assert ingest("webdataset", source, tmp_path / "out", *options) == ExitCode.PEER
+    assert "a worker process was killed" in capsys.readouterr().err
+    assert ingest("webdataset", source, tmp_path / "out", *options) == 0
+
+
+# --- the manifest --------------------------------------------------------------------------
+
+
+def test_the_manifest_tells_what_is_in_the_folder_and_how_it_came(
+    source: Path, tmp_path: Path, shapes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = shapes / "tokenizer"
+    options = (*SMALL, "--max-failures", "0.2", "--tokenizer", tokenizer)
+    assert ingest("webdataset", source, tmp_path / "out", *options) == 0
+    told, stored = manifest(tmp_path / "out"), documents(tmp_path / "out")
+    found = told["counts"]
+    assert (found["records"], found["documents"], found["images"]) == (80, 72, 72)
+    assert found["dropped"] == {"no_text": 8} and found["histograms"]["images"] == {"1": 72}
+    texts = [part.text for document in stored for part in document.parts if part.text]
+    assert found["characters"] == sum(map(len, texts))
+    assert found["media_bytes"] == sum(len(document.parts[0].media[0]) for document in stored)
+    lengths = load_lengths(open_shards(tmp_path / "out"), load_vocabulary(tokenizer))
+    tokens = [sum(p.size for p in lengths.document(n).parts[1:]) for n in range(72)]
+    assert told["text"]["tokens"] == sum(tokens)
+    bins = dict.fromkeys((8, 16, 32), 0)
+    for size in tokens:
+        bins[max(low for low in bins if low <= size)] += 1
+    assert told["text"]["histogram"] == {str(low): n for low, n in bins.items() if n}
+    assert told["recipe"]["options"] == {
+        "max_side": None,
+        "reencode": None,
+        "shard_bytes": 2621,
+        "text": None,
+    }
+    names = [(entry["name"], entry["bytes"]) for entry in told["recipe"]["files"]]
+    assert names == [(p.stem, p.stat().st_size) for p in sorted(source.iterdir())]
+    report = capsys.readouterr().out
+    assert "72 documents of 80 records read as webdataset" in report
+    assert "8 records left out: 8 no text" in report and f"{sum(tokens):,} tokens" in report
+
+
+def test_a_source_is_a_file_a_folder_or_a_glob(source: Path, tmp_path: Path) -> None:
+    for number, (given, tars) in enumerate(
+        [(source, 2), (source / "00001.tar", 1), (source / "*.tar", 2), (source / "*1.tar", 1)]
+    ):
+        out = tmp_path / f"out{number}"
+        assert ingest("webdataset", given, out, "--max-failures", "0.2") == 0
+        assert len(documents(out)) == 36 * tars
+    deep = laion(tmp_path / "deep/a", 1, 5) and laion(tmp_path / "deep/b", 1, 5).parent
+    assert ingest("webdataset", deep, tmp_path / "both") == 0
+    ids = [document.sample_id for document in documents(tmp_path / "both")]
+    assert ids[0] == "a/00000-00000001" and ids[-1] == "b/00000-00000005"
+    assert ingest("webdataset", tmp_path / "*.none", tmp_path / "no") == ExitCode.MISSING
