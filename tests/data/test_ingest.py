@@ -289,7 +289,7 @@ def test_a_killed_worker_ends_the_ingest_and_the_command_goes_on(
     source: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],  # capsys has no file for the stacks of workers
 ) -> None:
     document = WebDataset.document
 
@@ -302,7 +302,7 @@ def test_a_killed_worker_ends_the_ingest_and_the_command_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(WebDataset, "document", deadly)
         assert ingest("webdataset", source, tmp_path / "out", *options) == ExitCode.PEER
-    assert "a worker process was killed" in capsys.readouterr().err
+    assert "a worker process was killed" in capfd.readouterr().err
     assert ingest("webdataset", source, tmp_path / "out", *options) == 0
 
 

@@ -45,7 +45,7 @@ class Media:
         """Remember where they are; nothing is opened.
 
         Args:
-            place: a folder of files, a folder of tars, a tar; None where records hold all bytes.
+            place: a folder of files, of tars, or a tar; None where records hold all bytes.
             max_side: pixels; larger pictures are made smaller, aspect kept.
             reencode: `jpeg`, `png` or `webp`; None keeps the format.
         """
@@ -53,7 +53,7 @@ class Media:
 
     @cached_property
     def tars(self) -> tuple[SourceFile, ...]:
-        """The archives that hold the pictures; none where they are files.
+        """The archives that hold pictures, beside those that are files.
 
         Raises:
             MissingError: the place is not there.
@@ -113,15 +113,13 @@ class Media:
         return self.stored(self._bytes(name), name)
 
     def _bytes(self, name: str) -> bytes:
-        if self.place is not None and self.tars:
-            member = self._members.get(name)
-            if member is None:
-                raise Dropped(Reason.missing, f"{name[:80]} is not there ({self.place})")
-            _bounded(member.size, name)
-            with member.tar.open("rb") as file:
-                file.seek(member.offset)
-                return file.read(member.size)
-        return read_file(self.path(name), name)
+        member = self._members.get(name)
+        if member is None:
+            return read_file(self.path(name), name)
+        _bounded(member.size, name)
+        with member.tar.open("rb") as file:
+            file.seek(member.offset)
+            return file.read(member.size)
 
     def stored(self, blob: bytes, name: str) -> bytes:
         """Encoded bytes as a document holds them; raises Dropped where they cannot be decoded.

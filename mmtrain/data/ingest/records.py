@@ -22,6 +22,7 @@ from typing import Any, TextIO
 from mmtrain.errors import ContentError, MissingError
 
 _CHUNK = 1 << 20  # characters read at a time
+_GLANCE = 64  # characters looked at before; more would be lost with an archive that breaks off
 _LONGEST = 1 << 26  # characters of one record; beyond, a quote or bracket is missing
 
 
@@ -92,7 +93,7 @@ def _opened(path: Path) -> Iterator[TextIO]:
 
 
 def _first_character(file: TextIO) -> str:
-    while text := file.read(_CHUNK):
+    while text := file.read(_GLANCE):
         if text.strip():
             return text.strip()[0]
     return ""

@@ -9,7 +9,7 @@ wrong formats break every record, and a data set that lost a third in silence is
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the journal and the manifest
 _SHOWN = 20  # faults shown a line each; the others are counted
+_LARGEST = 1 << 30  # bytes of a document's pictures; shards count them in 32 bits
 _HOPELESS = 1000  # broken records without a sound one before an ingest gives up
 _ALWAYS = ("max_side", "reencode", "shard_bytes")  # options of every kind
 
@@ -190,11 +191,25 @@ def _made(kind: Kind, file: SourceFile, task: _Task) -> _Outcome:
             sample_id=f"{file.name}-{raw.number:08d}",
             kind=made.kind,
             parts=tuple(made.parts),
-            meta=made.meta,
+            meta=_sound(made.meta),
         )
+        size = sum(len(blob) for part in document.parts for blob in part.media)
+        if size > _LARGEST:
+            raise Dropped(Reason.large, f"{size:,} bytes of pictures, {_LARGEST:,} are allowed")
     except Dropped as dropped:
         return _Outcome(told, None, {}, dropped)
     return _Outcome(told, document, dict(made.noted), None)
+
+
+def _sound(meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without halves of characters, which names and addresses of others may hold."""
+    text = json.dumps(meta, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        found: dict[str, Any] = json.loads(text.encode("utf-8", "replace"))
+        return found
+    return meta
 
 
 def _tell(kind: Kind, file: SourceFile, outcome: _Outcome, counts: Counts) -> None:
