@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mmtrain.checkpoint import store
 from mmtrain.checkpoint.manifest import Manifest, sampled_hash
-from mmtrain.checkpoint.paths import inside
 from mmtrain.checkpoint.pieces import MEAN, WEIGHT, Pieces, opened
 from mmtrain.checkpoint.tensorfile import INDEX, TensorInfo, write_sharded
 from mmtrain.errors import ContentError, MissingError, StorageError
+from mmtrain.paths import inside
 
 DESCRIPTION = "mmtrain.json"
 VERSION = 1

@@ -9,6 +9,7 @@ every file (`data.fetch`).
 import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,9 @@ from mmtrain.data.fetch import HASH, INDEX, ExpectedFile, Folder
 from mmtrain.data.lengths import Lengths
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.errors import ContentError, MissingError, StorageError
+
+_PLACE_BYTES = 4  # MDS keeps the place of every row as 32 bits
+_SHARD_LIMIT_BYTES = 1 << 32
 
 
 class ShardWriter:
@@ -220,7 +224,14 @@ class Rows:
         shard, row = self._spanner[number]
         if shard not in self._checked:
             self._prepare(shard)
-        found: dict[str, Any] = self._shards[shard][row]
+        try:
+            found: dict[str, Any] = self._shards[shard][row]
+        except (ValueError, IndexError, TypeError, OverflowError, struct.error) as error:
+            name = self._shards[shard].raw_data.basename
+            raise ContentError(
+                f"{self.folder.local / name}: row {row} is no row of MDS ({error}); the shard was "
+                "written so, or forged: write the dataset again"
+            ) from error
         return found
 
     def _prepare(self, shard: int) -> None:
@@ -378,4 +389,11 @@ def _reader(folder: Folder, entry: dict[str, Any], columns: Mapping[str, str]) -
             f"{folder.local / INDEX} holds columns {found}, wanted are {dict(columns)}; "
             "convert the dataset with `write_shards`"
         )
-    return reader_from_json(str(folder.local), None, entry)
+    reader = reader_from_json(str(folder.local), None, entry)
+    samples, size = reader.samples, reader.raw_data.bytes
+    if not 0 <= samples * _PLACE_BYTES <= size <= _SHARD_LIMIT_BYTES:
+        raise ContentError(
+            f"{folder.local / INDEX}: {reader.raw_data.basename} with {samples:,} rows in {size:,} "
+            "bytes is no shard; the index is damaged or forged, get it from where it was published"
+        )
+    return reader

@@ -1,5 +1,6 @@
-"""File names that an index or a manifest brings along: they may only name what is beside it."""
+"""File names that an index, a manifest or a record brings along: they stay in their folder."""
 
+import os
 from pathlib import Path, PurePosixPath
 
 from mmtrain.errors import ContentError
@@ -34,6 +35,16 @@ def inside(folder: Path, name: object, source: Path, *, links: bool = False) -> 
                 f"of {folder}; it was not read. Put the file itself there"
             )
     return path
+
+
+def below(folder: Path, name: str) -> Path | None:
+    """The file that a record names, or None when the name leads out of the folder.
+
+    Links count as their names: pictures are linked together by those who own them.
+    """
+    path = folder / name
+    is_below = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+    return path if is_below else None
 
 
 def _stays(name: str) -> bool:
