@@ -199,6 +199,28 @@ def checkpoint_of(path: Path) -> Path | None:
     )
 
 
+def trained_checkpoint(path: Path, name: str | None) -> Path:
+    """A committed checkpoint with everything that training goes on from.
+
+    Args:
+        path: a run, or a checkpoint of one.
+        name: as in `step-00000100`; None = the newest, or `path` itself.
+
+    Raises:
+        MissingError: there is none, or none of this name.
+        ContentError: the folder is an export.
+    """
+    checkpoint = checkpoint_of(path)
+    if checkpoint is None:
+        raise ContentError(f"{path}: an export; it has no optimizer and no layout")
+    if name is None:
+        return checkpoint
+    named = checkpoint.with_name(name)
+    if named not in store.committed(checkpoint.parent):
+        raise MissingError(f"{named}: no committed checkpoint of {path}")
+    return named
+
+
 def identity(path: Path) -> str:
     """Hex hash by which the weights that `open_tensors` reads are told from others."""
     checkpoint = checkpoint_of(path)
