@@ -1,12 +1,18 @@
 """What several test files share: the demo world and a picture too large, made once a session."""
 
+import os
 import struct
 import zlib
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from mmtrain.data.shapes import write_shapes
+
+# the same examples every time, so that one commit passes or fails; `make test-all` draws new ones
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -169,7 +169,9 @@ def read_bytes(path: Path, place: int, count: int) -> Tensor:
 
 def write_bytes(handle: BinaryIO, tensor: Tensor) -> memoryview:
     """Write a tensor's numbers; returns them as bytes."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    whole = tensor.detach().cpu().contiguous()
+    # a dim of length 1 may have any stride in a contiguous tensor, and bytes want 1
+    flat = whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
     content: memoryview = flat.numpy().data
     handle.write(content)
     return content
