@@ -88,7 +88,7 @@ test: setup ## the CPU test suite
 	@python -m pytest
 
 test-all: setup ## the CPU test suite with the slow tests
-	@python -m pytest -m "not gpu and not slurm"
+	@HYPOTHESIS_PROFILE=default python -m pytest -m "not gpu and not slurm"
 
 slurm-test: setup ## jobs under a real Slurm of two nodes on this machine (15 minutes on 2 cores)
 	@for command in munged slurmctld slurmd sbatch; do \

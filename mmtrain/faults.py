@@ -5,6 +5,7 @@ full, so that `mmtrain.recipe` can drop those that follow from a key already rep
 """
 
 import math
+import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -293,6 +294,13 @@ def _sources(recipe: Recipe) -> Iterator[Problem]:
             "data.sources", "empty; name at least one, as in data.sources.pages.path=FOLDER"
         )
     for place, source in _all_sources(recipe):
+        if source.remote is not None and re.match(r"[^/@]*://[^/@]*:[^/@]*@", source.remote):
+            yield Problem(
+                f"{place}.remote",
+                "holds a password, which the run would write into its recipe.yaml and its log; "
+                "leave it out: sftp:// takes the key file that COMPOSER_SFTP_KEY_FILE names, the "
+                "others the credentials of their own tools",
+            )
         if not source.weight > 0:
             yield Problem(
                 f"{place}.weight", f"found {source.weight}; allowed: above 0; null removes {place}"

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from mmtrain.checkpoint import portable
 from mmtrain.checkpoint.portable import FullTensors
 from mmtrain.data.vocabulary import Vocabulary
 from mmtrain.errors import ContentError
+from mmtrain.interpolations import read_file
 from mmtrain.models.spec import ModelSpec
 from mmtrain.nn.init import draw_by_name
 from mmtrain.nn.lora import LoraConfig, is_adapter
@@ -85,9 +86,18 @@ def _alpha_of(source: Path) -> float | None:
     for folder in (source, source.parent.parent):  # a run; a checkpoint of one
         path = folder / "recipe.yaml"
         if path.is_file():
-            model = (yaml.safe_load(path.read_text()) or {}).get("model") or {}
-            return (model.get("lora") or {}).get("alpha")
+            return _alpha_in(path)
     return None
+
+
+def _alpha_in(recipe: Path) -> float | None:
+    try:
+        table = OmegaConf.to_container(read_file(recipe))
+    except ValueError as error:
+        raise ContentError(f"{recipe}: {error}") from error
+    for key in ("model", "lora", "alpha"):
+        table = table.get(key) if isinstance(table, dict) else None
+    return table if isinstance(table, int | float) else None
 
 
 def _draw(name: str, shape: tuple[int, ...], rules: Any, seed: int) -> Tensor:

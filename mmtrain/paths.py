@@ -1,8 +1,4 @@
-"""Names of files that other files hold: they stay in their folder.
-
-An index, a manifest or an annotation comes with what it names, from anywhere. A name that climbs
-out would have others read, copied or written over.
-"""
+"""File names that an index, a manifest or a record brings along: they stay in their folder."""
 
 import os
 from pathlib import Path, PurePosixPath
@@ -10,36 +6,34 @@ from pathlib import Path, PurePosixPath
 from mmtrain.errors import ContentError
 
 
-def inside(folder: Path, name: object, index: Path | None = None) -> Path:
-    """The file of a folder that an index names; it need not be there.
-
-    Links inside the folder are followed, and those of huggingface_hub's cache, whose
-    `snapshots/<revision>/` link into the `blobs/` beside them.
+def inside(folder: Path, name: object, source: Path, *, links: bool = False) -> Path:
+    """The file `name` of a folder; nothing is opened or made.
 
     Args:
-        folder: where the file must be.
-        name: as it was read.
-        index: who names it, for the message; the folder if left out.
+        folder: the folder that the file must be in.
+        name: as `source` gives it.
+        source: the file that names it, for the message.
+        links: allow a symbolic link that leads out. Caches of the Hugging Face hub consist of
+            such links, so what is only read, and by a format that runs no code, may be one.
 
     Raises:
-        ContentError: it is no file name, or leads out of the folder.
+        ContentError: the name is absolute or climbs out, is no file name, or is a link that leads
+            out (a forged index could have any file read or written).
     """
-    place = index or folder
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ContentError(f"{place}: {str(name)[:80]!r} is no file name; the index is forged")
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name:
+    if not isinstance(name, str) or not _stays(name):
         raise ContentError(
-            f"{place}: file name {name[:200]!r} leaves its folder, nothing was opened; the index "
-            "is forged: get it from where it was published, or write it again"
+            f"{source}: names the file {name!r}, which leaves {folder}: the index is forged; "
+            "nothing was read or written. Get the folder again from where you trust it"
         )
-    path = folder / pure
-    target = path.resolve()
-    if not any(target.is_relative_to(home) for home in _homes(folder.resolve())):
-        raise ContentError(
-            f"{path}: is a link to {target}, out of its folder, nothing was opened; put the file "
-            "itself there"
-        )
+    path = folder / name
+    steps = [path, *path.parents][: len(PurePosixPath(name).parts)]
+    if not links and any(step.is_symlink() for step in steps):
+        target = path.resolve()
+        if not target.is_relative_to(folder.resolve()):
+            raise ContentError(
+                f"{source}: names the file {name!r}, which is a symbolic link to {target}, outside "
+                f"of {folder}; it was not read. Put the file itself there"
+            )
     return path
 
 
@@ -53,7 +47,6 @@ def below(folder: Path, name: str) -> Path | None:
     return path if is_below else None
 
 
-def _homes(folder: Path) -> list[Path]:
-    """Where the files of a folder may lie."""
-    caches = [above.parent / "blobs" for above in folder.parents if above.name == "snapshots"]
-    return [folder, *caches]
+def _stays(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return bool(parts) and parts[0] != "/" and ".." not in parts and not set(name) & set("\\\0")

@@ -9,9 +9,23 @@ from types import ModuleType
 import pytest
 from packaging.version import Version
 
+ADVISORIES = """
+[[advisory]]
+package = "torch"
+id = "CVE-2025-32434"
+affected = "<2.6"
+what = "torch.load runs code in spite of weights_only=True"
+
+[[advisory]]
+package = "torch"
+id = "CVE-2026-24747"
+affected = "<2.10"
+what = "a forged checkpoint corrupts memory in the weights_only unpickler"
+"""
+
 PROJECT = """
 [project]
-dependencies = ["Torch{torch}", "pillow>=12.2"]
+dependencies = ["Torch{torch}"]
 [project.optional-dependencies]
 dev = ["ruff"]
 """
@@ -42,9 +56,13 @@ def run(
 
     def audited(bound: str, version: str | None) -> tuple[int, list[str]]:
         (tmp_path / "pyproject.toml").write_text(PROJECT.format(torch=bound))
+        (tmp_path / "advisories.toml").write_text(ADVISORIES)
         here = {"torch": Version(version)} if version else {}
         monkeypatch.setattr(audit, "installed", here.get)
-        code = audit.main(["--project", str(tmp_path / "pyproject.toml")])
+        files = ("--project", "pyproject.toml"), ("--advisories", "advisories.toml")
+        code = audit.main(
+            [word for option, name in files for word in (option, str(tmp_path / name))]
+        )
         return code, capsys.readouterr().err.splitlines()
 
     return audited

@@ -16,28 +16,10 @@ from mmtrain.ops.select import Preference
 from mmtrain.recipe import load, problems, read, to_yaml
 from mmtrain.settings import Decay, Precision, Recompute, Rule, Spike
 
-TINY = """
-name: test
-model:
-  vision: {{image_size: 28, layers: 1, width: 32, heads: 4, mlp_width: 64}}
-  causal: {{queries: 4, layers: 1, width: 32, heads: 4, head_width: 8, mlp_width: 64}}
-  language: {{vocabulary: 256, layers: 2, width: 32, heads: 4, mlp_width: 64, context: 64}}
-data:
-  tokenizer: {data}/tokenizer
-  sources:
-    captions: {{path: {data}/captions, rule: pair, max_images: 1, max_tokens: 32}}
-  pack_tokens: 128
-  pack_images: 4
-schedule: {{warmup_steps: 2}}
-train: {{steps: 10, global_batch_packs: 8, precision: fp32}}
-"""
-
 
 @pytest.fixture
-def tiny(tmp_path: Path, shapes: Path) -> Path:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY.format(data=shapes))
-    return path
+def tiny(recipe: Path) -> Path:
+    return recipe
 
 
 def faults(path: Path, overrides: Sequence[str] = (), world: int | None = None) -> list[str]:
@@ -86,7 +68,7 @@ def test_overrides_come_last_and_in_order(tiny: Path) -> None:
 def test_a_base_chain_is_read_from_its_own_folders(tiny: Path) -> None:
     middle = tiny.parent / "deep" / "middle.yaml"
     middle.parent.mkdir()
-    middle.write_text("base: ../tiny.yaml\ntrain: {steps: 11}\nseed: 5\n")
+    middle.write_text("base: ../recipe.yaml\ntrain: {steps: 11}\nseed: 5\n")
     last = tiny.parent / "last.yaml"
     last.write_text("base: deep/middle.yaml\nname: last\nseed: 6\n")
     recipe = load(last)
@@ -97,7 +79,7 @@ def test_a_base_chain_is_read_from_its_own_folders(tiny: Path) -> None:
 def test_null_takes_an_entry_of_a_base_out(tiny: Path, shapes: Path) -> None:
     child = tiny.parent / "child.yaml"
     child.write_text(
-        "base: tiny.yaml\ndata: {sources: {captions: null, text: {path: "
+        "base: recipe.yaml\ndata: {sources: {captions: null, text: {path: "
         f"{shapes}/text, rule: text, max_images: 0, max_tokens: 64}}}}}}\n"
     )
     assert list(load(child).data.sources) == ["text"]

@@ -14,10 +14,9 @@ from pathlib import Path
 
 from mmtrain import log
 from mmtrain import recipe as recipes
-from mmtrain.checkpoint import store
-from mmtrain.checkpoint.portable import checkpoint_of
+from mmtrain.checkpoint.portable import trained_checkpoint
 from mmtrain.checkpoint.reshape import reshape
-from mmtrain.errors import ContentError, MissingError, MmtrainError
+from mmtrain.errors import MmtrainError
 from mmtrain.facts import collect
 from mmtrain.layout.dims import dims_for
 
@@ -39,13 +38,7 @@ def _reshape(options: argparse.Namespace) -> int:
         [*options.overrides, f"name={options.out.name}", f"output={options.out.parent}"],
         options.ranks,
     )
-    checkpoint = checkpoint_of(options.run)
-    if checkpoint is None:
-        raise ContentError(f"{options.run}: an export; it has no layout")
-    if options.checkpoint is not None:
-        checkpoint = checkpoint.with_name(options.checkpoint)
-        if checkpoint not in store.committed(checkpoint.parent):
-            raise MissingError(f"{checkpoint}: no committed checkpoint of {options.run}")
+    checkpoint = trained_checkpoint(options.run, options.checkpoint)
     layout = recipe.parallel
     dims = dims_for(
         options.ranks,

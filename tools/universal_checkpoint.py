@@ -19,10 +19,9 @@ import torch
 
 from mmtrain import log
 from mmtrain import recipe as recipes
-from mmtrain.checkpoint import store
-from mmtrain.checkpoint.portable import checkpoint_of
-from mmtrain.convert import universal
-from mmtrain.errors import ContentError, MissingError, MmtrainError
+from mmtrain.checkpoint.portable import trained_checkpoint
+from mmtrain.convert import universal, universal_reader
+from mmtrain.errors import MissingError, MmtrainError
 from mmtrain.facts import Facts, collect
 from mmtrain.settings import Precision
 from mmtrain.train.optim import all_groups
@@ -40,13 +39,7 @@ def main() -> int:
 
 
 def _out(options: argparse.Namespace) -> int:
-    checkpoint = checkpoint_of(options.source)
-    if checkpoint is None:
-        raise ContentError(f"{options.source}: an export; it has no optimizer")
-    if options.checkpoint is not None:
-        checkpoint = checkpoint.with_name(options.checkpoint)
-        if checkpoint not in store.committed(checkpoint.parent):
-            raise MissingError(f"{checkpoint}: no committed checkpoint of {options.source}")
+    checkpoint = trained_checkpoint(options.source, options.checkpoint)
     facts = _facts(options.source, options.overrides)
     layout = facts.recipe.parallel
     names, fillers = {name: name for layer in facts.census for name in layer.shapes}, 0
@@ -73,7 +66,7 @@ def _in(options: argparse.Namespace) -> int:
     )
     digest = hashlib.sha256(recipes.to_yaml(recipe).encode()).hexdigest()
     root = options.target / "checkpoints"
-    made = universal.read(options.source, root, model, digest, options.step)
+    made = universal_reader.read(options.source, root, model, digest, options.step)
     print(f"{options.source} -> {made}: {len(model.shapes)} parameters")
     return 0
 

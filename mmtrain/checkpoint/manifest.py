@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mmtrain.checkpoint.paths import inside
 from mmtrain.errors import ContentError, MissingError
 from mmtrain.layout.dims import ParallelDims
+from mmtrain.paths import inside
 
 NAME = "manifest.json"
 VERSION = 2  # 1 kept the optimizer by rank: it could go on with its own layout only

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mmtrain.checkpoint import store
 from mmtrain.checkpoint.manifest import Manifest, sampled_hash
-from mmtrain.checkpoint.paths import inside
 from mmtrain.checkpoint.pieces import MEAN, WEIGHT, Pieces, opened
 from mmtrain.checkpoint.tensorfile import INDEX, TensorInfo, write_sharded
 from mmtrain.errors import ContentError, MissingError, StorageError
+from mmtrain.paths import inside
 
 DESCRIPTION = "mmtrain.json"
 VERSION = 1
@@ -197,6 +197,28 @@ def checkpoint_of(path: Path) -> Path | None:
         f"{path}: holds no weights; expected a run folder with a committed checkpoint, a "
         f"checkpoint (manifest.json) or an export ({INDEX})"
     )
+
+
+def trained_checkpoint(path: Path, name: str | None) -> Path:
+    """A committed checkpoint with everything that training goes on from.
+
+    Args:
+        path: a run, or a checkpoint of one.
+        name: as in `step-00000100`; None = the newest, or `path` itself.
+
+    Raises:
+        MissingError: there is none, or none of this name.
+        ContentError: the folder is an export.
+    """
+    checkpoint = checkpoint_of(path)
+    if checkpoint is None:
+        raise ContentError(f"{path}: an export; it has no optimizer and no layout")
+    if name is None:
+        return checkpoint
+    named = checkpoint.with_name(name)
+    if named not in store.committed(checkpoint.parent):
+        raise MissingError(f"{named}: no committed checkpoint of {path}")
+    return named
 
 
 def identity(path: Path) -> str:

@@ -12,8 +12,9 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -100,24 +101,27 @@ class TensorFile:
                     f"its header claims {length:,} bytes, the format allows {MAX_HEADER:,}"
                 )
             text = handle.read(length)
-        infos, places, end = {}, {}, 0
+        infos, places, spans = {}, {}, [(0, 0)]
         try:
             entries = json.loads(text)
             for name, entry in entries.items():
                 if name == "__metadata__":
                     continue
-                infos[name] = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-                first, last = entry["data_offsets"]
-                if min((first, *infos[name].shape)) < 0:
-                    raise DamagedFileError(f"{name} has a negative size or place")
+                infos[name] = TensorInfo(_numbers(entry["shape"]), DTYPES[entry["dtype"]])
+                first, last = _numbers(entry["data_offsets"])
                 if last - first != infos[name].bytes:
                     raise DamagedFileError(f"{name} ({infos[name]}) has {last - first:,} bytes")
                 places[name] = 8 + length + first
-                end = max(end, last)
+                spans.append((first, last))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, DamagedFileError):
                 raise
-            raise DamagedFileError(f"its header cannot be read: {error!r}") from error
+            raise DamagedFileError(f"its header cannot be read: {error!r}"[:200]) from error
+        spans.sort()
+        for (_, end), (begin, _) in pairwise(spans):
+            if begin != end:
+                raise DamagedFileError(f"its tensors overlap or leave a gap at byte {begin:,}")
+        end = spans[-1][1]
         if size != 8 + length + end:
             raise DamagedFileError(f"its header asks for {8 + length + end:,} bytes")
         return cls(path, infos, places)
@@ -134,14 +138,24 @@ class TensorFile:
         return read_bytes(self.path, place, (stop - start) * dtype.itemsize).view(dtype)
 
 
+def _numbers(values: Any) -> tuple[int, ...]:
+    """Sizes or places that a header holds."""
+    if any(type(value) is not int or not 0 <= value < 1 << 63 for value in values):
+        raise ValueError(f"found {values!r} where sizes belong")
+    return tuple(values)
+
+
 def read_bytes(path: Path, place: int, count: int) -> Tensor:
     """`count` bytes of a file from `place` on, as a tensor of its own.
 
     Raises:
         DamagedFileError: the file ends before.
     """
-    out = torch.empty(count, dtype=torch.uint8)
     with path.open("rb", buffering=0) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        if place + count > size:  # told before memory is taken for what is not there
+            raise DamagedFileError(f"{path}: ends at byte {size:,}, wanted is {place + count:,}")
+        out = torch.empty(count, dtype=torch.uint8)
         handle.seek(place)
         view: memoryview = out.numpy().data
         done = 0
@@ -155,7 +169,9 @@ def read_bytes(path: Path, place: int, count: int) -> Tensor:
 
 def write_bytes(handle: BinaryIO, tensor: Tensor) -> memoryview:
     """Write a tensor's numbers; returns them as bytes."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    whole = tensor.detach().cpu().contiguous()
+    # a dim of length 1 may have any stride in a contiguous tensor, and bytes want 1
+    flat = whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
     content: memoryview = flat.numpy().data
     handle.write(content)
     return content

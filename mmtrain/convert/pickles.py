@@ -117,15 +117,21 @@ def load_frame(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
                 "safetensors.torch.save_file(state_dict, 'weights.safetensors')"
             ) from error
         raise ContentError(_damaged(path, error)) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        raise ContentError(f"{path}: cannot be read: {error}") from error
+    except ContentError:
+        raise
+    except Exception as error:  # damaged pickles raise whatever Python does at that place
         raise ContentError(_damaged(path, error)) from error
 
 
 def _refuse_packed(path: Path) -> None:
-    """Refuse an archive that unpacks to more than itself: torch stores, a bomb is compressed."""
+    """Numbers are read at their places, so none may be packed; a bomb would be, torch's never."""
     with zipfile.ZipFile(path) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
-    if unpacked > path.stat().st_size:
+        members = archive.infolist()
+    unpacked = sum(member.file_size for member in members)
+    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if packed or unpacked > path.stat().st_size:
         raise ContentError(
             f"{path}: {path.stat().st_size:,} bytes that unpack to {unpacked:,}; torch never "
             "compresses weights, so it was not opened. Save them again with torch.save"

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mmtrain.checkpoint.paths import inside
 from mmtrain.checkpoint.tensorfile import DamagedFileError, TensorFile, TensorInfo
 from mmtrain.convert.pickles import SUFFIXES, read_pickle
 from mmtrain.errors import ContentError, MissingError
+from mmtrain.paths import inside
 
 # what a folder's weights may be called, in the order they are looked for
 STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model")

@@ -140,7 +140,7 @@ def from_row(row: Mapping[str, Any]) -> Document:
     """
     try:
         return _from_row(row)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         name = row.get("id", "without id")
         raise ContentError(
             f"document {name!r}: the row is not a document ({type(error).__name__}: {error}); "

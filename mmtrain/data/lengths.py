@@ -183,7 +183,10 @@ def load(folder: Folder, *, fingerprint: str, dataset: str, advice: str) -> Leng
             raise ContentError(f"{error}; {advice}") from error
         # small arrays are read whole: a run may outlive the folder it was started from
         mapping: Literal["r"] | None = "r" if record["bytes"] > 1 << 20 else None
-        arrays[name] = np.load(path, mmap_mode=mapping, allow_pickle=False)
+        try:
+            arrays[name] = np.load(path, mmap_mode=mapping, allow_pickle=False)
+        except (ValueError, EOFError) as error:  # Python objects are pickles, and refused
+            raise ContentError(f"{path} is no array of numbers ({error}); {advice}") from error
     if "flags" not in arrays:
         arrays["flags"] = np.zeros(len(arrays["modalities"]), np.uint8)
     sizes, kinds = tuple(manifest["shard_sizes"]), tuple(manifest["kinds"])

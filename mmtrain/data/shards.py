@@ -9,8 +9,9 @@ every file (`data.fetch`).
 import json
 import os
 import shutil
+import struct
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,9 @@ from mmtrain.data.fetch import HASH, INDEX, ExpectedFile, Folder
 from mmtrain.data.lengths import Lengths
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.errors import ContentError, MissingError, StorageError
+
+_PLACE_BYTES = 4  # MDS keeps the place of every row as 32 bits
+_SHARD_LIMIT_BYTES = 1 << 32
 
 
 class ShardWriter:
@@ -240,7 +244,14 @@ class Rows:
         shard, row = self._spanner[number]
         if shard not in self._checked:
             self._prepare(shard)
-        found: dict[str, Any] = self._shards[shard][row]
+        try:
+            found: dict[str, Any] = self._shards[shard][row]
+        except (ValueError, IndexError, TypeError, OverflowError, struct.error) as error:
+            name = self._shards[shard].raw_data.basename
+            raise ContentError(
+                f"{self.folder.local / name}: row {row} is no row of MDS ({error}); the shard was "
+                "written so, or forged: write the dataset again"
+            ) from error
         return found
 
     def _prepare(self, shard: int) -> None:
@@ -307,10 +318,18 @@ class IndexReport:
     images: int
 
 
-def build_index(path: Path, tokenizer: Path | Vocabulary) -> IndexReport:
+Each = Callable[[Callable[[int], DocumentLengths], Iterable[int]], Iterable[DocumentLengths]]
+
+
+def build_index(path: Path, tokenizer: Path | Vocabulary, each: Each = map) -> IndexReport:
     """Count the tokens and images of every document and store them next to the shards.
 
     Does nothing but report when a valid index is there; a stale one is replaced.
+
+    Args:
+        path: of the dataset.
+        tokenizer: whose tokens are counted.
+        each: applies a function to numbers, in their order; may do so in other processes.
 
     Raises:
         MissingError, ContentError, StorageError: shards or tokenizer are missing or damaged.
@@ -323,8 +342,12 @@ def build_index(path: Path, tokenizer: Path | Vocabulary) -> IndexReport:
             return _report(target, load_lengths(shards, vocabulary))
         except ContentError:
             shutil.rmtree(target)  # stale or damaged: made anew from the shards below
+
+    def counted(number: int) -> DocumentLengths:
+        return count(shards.document(number), vocabulary)
+
     lengths = length_index.collect(
-        (count(shards.document(number), vocabulary) for number in range(len(shards))),
+        each(counted, range(len(shards))),
         fingerprint=vocabulary.fingerprint,
         dataset=shards.dataset,
         shard_sizes=shards.shard_sizes,
@@ -398,4 +421,11 @@ def _reader(folder: Folder, entry: dict[str, Any], columns: Mapping[str, str]) -
             f"{folder.local / INDEX} holds columns {found}, wanted are {dict(columns)}; "
             "convert the dataset with `write_shards`"
         )
-    return reader_from_json(str(folder.local), None, entry)
+    reader = reader_from_json(str(folder.local), None, entry)
+    samples, size = reader.samples, reader.raw_data.bytes
+    if not 0 <= samples * _PLACE_BYTES <= size <= _SHARD_LIMIT_BYTES:
+        raise ContentError(
+            f"{folder.local / INDEX}: {reader.raw_data.basename} with {samples:,} rows in {size:,} "
+            "bytes is no shard; the index is damaged or forged, get it from where it was published"
+        )
+    return reader

@@ -59,7 +59,7 @@ def read_facts(folder: Path) -> VaeFacts:
             factor=2 ** (len(config["block_out_channels"]) - 1),
             scale=float(config.get("scaling_factor", 0.18215)),  # absent in early releases
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ContentError(f"{path} describes no AutoencoderKL ({error!r})") from error
 
 

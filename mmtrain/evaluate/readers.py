@@ -15,6 +15,7 @@ from typing import Any
 
 from mmtrain.errors import ContentError, MissingError
 from mmtrain.evaluate.examples import Example, ExampleSet
+from mmtrain.paths import below
 
 CAPTION_FORMS = 'COCO {"images": [...], "annotations": [...]} or Karpathy\'s dataset_coco.json'
 QUESTION_FORMS = 'VQAv2 and OK-VQA {"annotations": [...]} with `questions:`, or VizWiz [...]'
@@ -213,8 +214,11 @@ def _text(value: Any) -> str:
 
 def _picture(folder: Path, names: Sequence[str]) -> Path:
     for name in names:
-        if (folder / name).is_file():
-            return folder / name
+        path = below(folder, name)
+        if path is None:
+            raise BrokenRecord(f"picture {name!r} is not below {folder}; name a folder above both")
+        if path.is_file():
+            return path
     raise BrokenRecord(f"no picture {' or '.join(names)} in {folder}")
 
 
@@ -234,5 +238,5 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise MissingError(f"{path} is not there") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ContentError(f"{path} cannot be read as JSON: {error}") from error

@@ -13,6 +13,7 @@ import contextlib
 import faulthandler
 import json
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -83,6 +84,11 @@ class _Section:
     began: float
     seconds: float
 
+    @property
+    def deadline(self) -> float:
+        """When its time is up (monotonic)."""
+        return self.began + self.seconds if self.seconds else math.inf
+
 
 def budgets_of(recipe: Recipe) -> dict[str, float]:
     """Seconds that each section may last; data are waited for within a step."""
@@ -113,6 +119,7 @@ class Watch:
         self._budgets = budgets
         self._section = _Section("setup", time.monotonic(), budgets["setup"])
         self._armed: _Section | None = None
+        self._arming = threading.Lock()
         self._exit = ExitTimer(ExitCode.HANG)
         self._stacks = folder / STACKS / f"rank-{place.rank:05d}.txt"
         self._attempt = 0  # 0 = the folder is not ours
@@ -129,7 +136,7 @@ class Watch:
         """Whether any rank was asked to end the run; a collective at the boundary of steps."""
         self.step = step
         asked = mesh.any_rank(bool(self.listener.reason))
-        self._section = _Section("step", time.monotonic(), self._budgets["step"])
+        self._enter(_Section("step", time.monotonic(), self._budgets["step"]))
         return asked
 
     @contextlib.contextmanager
@@ -141,9 +148,19 @@ class Watch:
             yield
             self._section = outer
             return
-        self._section = _Section(name, time.monotonic(), self._budgets[name])
+        self._enter(_Section(name, time.monotonic(), self._budgets[name]))
         yield  # after an error the section is where it happened
-        self._section = replace(outer, began=time.monotonic())
+        self._enter(replace(outer, began=time.monotonic()))
+
+    def _enter(self, section: _Section) -> None:
+        """Begin a section; arm it here if what is armed would end later, else the thread does.
+
+        The thread needs the interpreter lock, which the section may take and keep.
+        """
+        self._section = section
+        armed = self._armed
+        if armed is None or section.deadline < armed.deadline:
+            self._arm(section)
 
     # --- the folder --------------------------------------------------------------------------
 
@@ -306,7 +323,7 @@ class Watch:
             section = self._section
             if section is not self._armed:
                 self._arm(section)
-            if section.seconds and time.monotonic() - section.began > section.seconds:
+            if time.monotonic() > section.deadline:
                 self._expire(section)
 
     def _pause(self) -> float:
@@ -315,14 +332,15 @@ class Watch:
 
     def _arm(self, section: _Section) -> None:
         """Where the interpreter lock is held for ever, C code ends the rank a little later."""
-        self._armed = section
-        if not section.seconds:
-            self._disarm()
-            return
-        left = section.began + section.seconds - time.monotonic()
-        grace = min(_GRACE_SECONDS, section.seconds)
-        faulthandler.dump_traceback_later(max(0.0, left) + grace, file=sys.__stderr__ or sys.stderr)
-        self._exit.start(max(0.0, left) + grace + 1.0)
+        with self._arming:
+            self._armed = section
+            if not section.seconds:
+                self._disarm()
+                return
+            grace = min(_GRACE_SECONDS, section.seconds)
+            left = max(0.0, section.deadline - time.monotonic()) + grace
+            faulthandler.dump_traceback_later(left, file=sys.__stderr__ or sys.stderr)
+            self._exit.start(left + 1.0)
 
     def _disarm(self) -> None:
         faulthandler.cancel_dump_traceback_later()

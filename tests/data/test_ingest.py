@@ -1,5 +1,6 @@
 """The frame of every ingest: the same folder for any workers and kills, and nothing half-done."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from foreign import counts, documents, files, ingest, manifest, write_tar
 from made import png
 
 from mmtrain.cli import main
+from mmtrain.data.ingest import journal as journal_module
 from mmtrain.data.ingest import workers
 from mmtrain.data.ingest.journal import Partial
 from mmtrain.data.ingest.webdataset import WebDataset
@@ -125,7 +127,14 @@ class Stopped(Exception):
     """Ends an ingest in the middle, as a full disk or a bug would."""
 
 
-def stopped(source: Path, out: Path, shards: int) -> None:
+def stopped(
+    source: Path,
+    out: Path,
+    shards: int,
+    kind: str = "webdataset",
+    options: tuple[object, ...] = (*SMALL, "--max-failures", "0.2"),
+) -> None:
+    """Go on with an ingest until so many shards are finished."""
     write = Partial.write
 
     def until(self: Partial, *arguments: Any) -> None:
@@ -136,7 +145,7 @@ def stopped(source: Path, out: Path, shards: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Partial, "write", until)
         with pytest.raises(Stopped):
-            ingest("webdataset", source, out, *SMALL, "--max-failures", "0.2")
+            ingest(kind, source, out, *options)
 
 
 def test_torn_lines_and_lost_shards_are_made_again(
@@ -153,6 +162,97 @@ def test_torn_lines_and_lost_shards_are_made_again(
     (partial / "arriving/shard.00009.mds").write_text("left by a kill")
     assert ingest("webdataset", source, half_done, *options) == 0
     assert files(half_done) == files(tmp_path / "whole")
+
+
+def sources(folder: Path) -> dict[str, tuple[Path, list[object]]]:
+    """A source of a dozen records of each kind that needs no extra, and its options."""
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for number in range(12):
+        (pictures / f"{number}.png").write_bytes(png((20 * number, 0, 0)))
+        video = folder / f"boards/{number:02d}"
+        video.mkdir(parents=True)
+        (video / "0.png").write_bytes(png((0, 20 * number, 0)))
+        (video / "0.txt").write_text(f"board {number}")
+    (folder / "boards/05/0.png").write_bytes(b"cut")
+    names = [f"{number}.png" if number % 5 else "lost.png" for number in range(12)]
+    said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A wall."}]
+    lines = {
+        "text": [{"text": f"line {number}" if number % 5 else ""} for number in range(12)],
+        "chat": [{"image": name, "conversations": said} for name in names],
+        "mmc4": [
+            {
+                "text_list": ["a"],
+                "image_info": [{"image_name": name}],
+                "similarity_matrix": [[0.5 if number % 4 else 0.1]],
+            }
+            for number, name in enumerate(names)
+        ],
+    }
+    found: dict[str, tuple[Path, list[object]]] = {"storyboard": (folder / "boards", [])}
+    for kind, records in lines.items():
+        (folder / kind).mkdir()
+        for name, some in (("a", records[:7]), ("b", records[7:])):
+            (folder / kind / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+        options = [] if kind == "text" else ["--images", pictures]
+        found[kind] = (folder / kind, options)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["storyboard", "text", "chat", "mmc4"])
+def test_every_kind_goes_on_at_every_record(tmp_path: Path, kind: str) -> None:
+    """Stopped after every single document, each time gone on with, as if never stopped."""
+    source, options = sources(tmp_path)[kind]
+    every = ("--shard-mb", "0.0001", "--max-failures", "0.5", *options)
+    assert ingest(kind, source, tmp_path / "whole", *every) == 0
+    whole = files(tmp_path / "whole")
+    kept = counts(tmp_path / "whole")["documents"]
+    assert 6 < kept < 12 and len([name for name in whole if name.endswith(".mds")]) == kept
+    out = tmp_path / "out"
+    for shards in range(1, kept):
+        stopped(source, out, shards, kind, every)
+        assert len(journal(out)) == shards + 1
+    assert ingest(kind, source, out, *every) == 0
+    assert files(out) == whole
+
+
+def test_interrupted_by_the_user_it_says_how_to_go_on(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(self: Any, *arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Partial, "finish", interrupted)
+    options = (*SMALL, "--max-failures", "0.2")
+    assert ingest("webdataset", source, tmp_path / "out", *options) == ExitCode.STOPPED
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert ingest("webdataset", source, tmp_path / "out", *options) == 0
+
+
+def test_a_disk_that_is_full_loses_no_finished_shard(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, options = tmp_path / "out", (*SMALL, "--max-failures", "0.2")
+    with monkeypatch.context() as patch:
+        flush, seen = journal_module.flush, []
+
+        def full(path: Path) -> None:
+            seen.append(path)
+            if len(seen) > 12:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            flush(path)
+
+        patch.setattr(journal_module, "flush", full)
+        assert ingest("webdataset", source, out, *options) == ExitCode.STORAGE
+    done = len(journal(out))
+    assert done > 3 and not out.exists()
+    assert ingest("webdataset", source, out, *options) == 0
+    assert ingest("webdataset", source, tmp_path / "whole", *options) == 0
+    assert files(out) == files(tmp_path / "whole")
 
 
 # --- refusals ------------------------------------------------------------------------------
@@ -354,3 +454,38 @@ def test_a_source_is_a_file_a_folder_or_a_glob(source: Path, tmp_path: Path) -> 
     ids = [document.sample_id for document in documents(tmp_path / "both")]
     assert ids[0] == "a/00000-00000001" and ids[-1] == "b/00000-00000005"
     assert ingest("webdataset", tmp_path / "*.none", tmp_path / "no") == ExitCode.MISSING
+
+
+# --- what was ingested is what is trained on -------------------------------------------------
+
+
+def test_a_recipe_draws_what_was_ingested(
+    source: Path,
+    tmp_path: Path,
+    repository: Path,
+    shapes: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(shapes.parent)
+    options = ("--tokenizer", shapes / "tokenizer", "--max-failures", "0.2", "--max-side", 28)
+    assert ingest("webdataset", source, tmp_path / "pairs", *options) == 0
+    kinds = sources(tmp_path)
+    for kind in ("mmc4", "chat", "text", "storyboard"):
+        given, own = kinds[kind]
+        assert ingest(kind, given, tmp_path / f"of_{kind}", *own, *options[:2], *LOOSE) == 0
+    names = {"pairs": "pair", "of_mmc4": "subsequence", "of_chat": "chat", "of_text": "text"}
+    names["of_storyboard"] = "storyboard"
+    own = [
+        f"data.sources.{name}={{path: {tmp_path / name}, rule: {rule}, max_tokens: 64}}"
+        for name, rule in names.items()
+    ]
+    gone = [
+        f"data.sources.{name}=null" for name in ("captions", "pages", "clips", "boards", "text")
+    ]
+    tiny = str(repository / "configs/emu/tiny.yaml")
+    command = ["data", "look", tiny, *own, *gone, "--packs", "2", "--out", str(tmp_path / "look")]
+    assert main(command) == 0
+    assert len(list((tmp_path / "look").glob("*.png"))) == 2
+
+
+LOOSE = ("--max-failures", "0.5")

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from mmtrain.checkpoint import manifest, store, tensorfile
 from mmtrain.train import loop
+from mmtrain.train.engine import FoldEngine
 
 
 def _before(owner: Any, name: str, act: Callable[[], None], number: int) -> None:
@@ -76,6 +78,22 @@ def fill_disk(rank: int, word: str) -> None:
 
     if rank == failing:
         store.write_part = write_part
+
+
+def jump_clock(rank: int, word: str) -> None:
+    """Set the clock of rank R by so many seconds, from its N-th step on: `R N seconds`."""
+    moved, number, seconds = map(int, word.split())
+    if rank != moved:
+        return
+    plain, ahead = time.time, 0
+
+    def jump() -> None:
+        nonlocal ahead
+        ahead = seconds
+
+    time.time = lambda: plain() + ahead
+    time.time_ns = lambda: int(1e9 * (plain() + ahead))
+    _before(FoldEngine, "train_step", jump, number)
 
 
 def watch_generators(rank: int, word: str) -> None:

@@ -263,3 +263,21 @@ def test_a_folder_that_cannot_be_written_is_told_before_training(world: World) -
     codes = world.run(RANKS, "train", str(TINY), "name=x", "output=blocked", *SHORT, *QUIET)
     assert codes == [74] * RANKS
     assert "blocked/x: cannot be written" in world.last_log
+
+
+DAY = 86_400
+
+
+@pytest.mark.parametrize("days", [-1, 365])
+def test_a_clock_that_jumps_changes_nothing(
+    world: World, whole: str, copied: Callable[[str], Path], days: int
+) -> None:
+    """On one rank, back between two saves, or far ahead after a new start."""
+    name = f"jumped{days}"
+    if days > 0:
+        shutil.rmtree(copied(name) / "step-00000008")
+    patch = f"failing:jump_clock:0 {2 if days > 0 else 5} {days * DAY}"
+    codes = world.run(RANKS, "train", str(TINY), f"name={name}", *SHORT, *QUIET, patch=patch)
+    assert codes == [0] * RANKS, world.last_log
+    assert losses(world, name) == losses(world, whole)
+    assert steps(world, name) == steps(world, whole)

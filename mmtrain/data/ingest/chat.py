@@ -101,7 +101,10 @@ class Chat(JsonKind):
             raise Dropped(Reason.undecodable, str(error)) from error
 
     def _frames_of(self, path: Path, name: str) -> tuple[bytes, ...]:
-        files = [file for file in path.iterdir() if file.suffix.lower() in _PICTURES]
+        try:
+            files = [file for file in path.iterdir() if file.suffix.lower() in _PICTURES]
+        except OSError as error:
+            raise Dropped(Reason.missing, f"{name[:80]} cannot be read: {error}") from error
         files.sort(
             key=lambda file: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", file.name)]
         )

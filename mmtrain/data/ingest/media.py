@@ -153,7 +153,7 @@ def located(folder: Path, name: str) -> Path:
     if "\0" in name:
         raise Dropped(Reason.missing, f"{name[:80]!r} cannot be read: it holds a NUL")
     try:
-        return inside(folder, name)
+        return inside(folder, name, folder)
     except (ContentError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: links turn
         raise Dropped(
             Reason.outside,

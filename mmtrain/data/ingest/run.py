@@ -106,7 +106,7 @@ def ingest(name: str, source: Path, out: Path, options: IngestOptions, work: Wor
     partial = Partial(out, head, options.shard_bytes)
     try:
         counts = _write(kind, found, partial, work)
-        report = _publish(kind.label, partial, out, counts, recipe, vocabulary)
+        report = _publish(kind.label, partial, out, counts, recipe, vocabulary, work.workers)
     finally:
         partial.close()
     return report
@@ -259,12 +259,13 @@ def _publish(
     counts: Counts,
     recipe: dict[str, Any],
     vocabulary: Vocabulary | None,
+    workers: int,
 ) -> Report:
     """The index, the lengths and the manifest; then the folder gets its name."""
     folder = partial.finish()
     tokens = None
     if vocabulary is not None:
-        build_index(folder, vocabulary)
+        build_index(folder, vocabulary, lambda count, numbers: ordered_map(count, numbers, workers))
         tokens = token_facts(load_lengths(open_shards(folder), vocabulary))
     manifest = {"format": FORMAT, "counts": counts.to_json(), "text": tokens, "recipe": recipe}
     with storage_errors(folder):

@@ -62,7 +62,10 @@ class Storyboards(Kind):
     def document(self, file: SourceFile, raw: Raw) -> Made:
         """Subtitles and frames in order of time; raises Dropped."""
         folder = located(file.path, raw.content)
-        names = sorted(path.name for path in folder.iterdir())
+        try:
+            names = sorted(path.name for path in folder.iterdir())
+        except OSError as error:
+            raise Dropped(Reason.missing, f"{raw.name} cannot be read: {error.strerror}") from error
         cut = any(name.endswith(".txt") and name[:-4].isdecimal() for name in names)
         told = _told(folder, names)
         parts = _stored(folder, names, told) if cut else _merged(folder, names, told, raw.name)

@@ -1,6 +1,8 @@
-"""What the watch makes of exceptions of the engines, and of stacks."""
+"""What the watch makes of exceptions of the engines, of stacks, and of a lock that is kept."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -47,4 +49,25 @@ def test_a_cause_is_looked_for_below_what_was_raised() -> None:
 def test_a_rank_outside_collectives_is_named_by_its_innermost_function() -> None:
     said = _waiting(_outwards(sys._getframe()))
     assert said.startswith("in test_a_rank_outside_collectives_is_named_by_its_innermost_function")
-    assert "test_engine_faults.py:" in said
+    assert "test_watching.py:" in said
+
+
+KEEPS_THE_LOCK = """
+import ctypes
+from pathlib import Path
+from mmtrain.layout.ranks import launched
+from mmtrain.train.signals import Listener
+from mmtrain.train.watch import Watch
+
+watch = Watch(Path("run"), launched({}), {"setup": 3600.0, "step": 0.5}, Listener())
+with watch.section("step"):
+    ctypes.PyDLL(None).sleep(60)  # called with the interpreter lock
+"""
+
+
+def test_a_section_that_takes_the_lock_at_its_start_is_ended_too(tmp_path: Path) -> None:
+    """No thread of Python runs in it, so it must have been armed before."""
+    command = [sys.executable, "-c", KEEPS_THE_LOCK]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 86, done.stderr
+    assert "Timeout (" in done.stderr and 'File "<string>", line 10' in done.stderr
