@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mmtrain.cli import main
 from mmtrain.data.document import Document
+from mmtrain.data.ingest.journal import Partial
 from mmtrain.data.shards import open_shards
 
 Json = dict[str, Any]
+SMALL = ("--shard-mb", "0.0025")  # shards of a few documents
 
 
 def ingest(kind: str, source: Path, out: Path, *options: object) -> int:
@@ -63,3 +67,39 @@ def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return path
+
+
+def partial_of(out: Path) -> Path:
+    """The folder of a half-done ingest."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def journal(out: Path) -> list[Json]:
+    """Lines of its journal: the head, and one for every finished shard."""
+    path = partial_of(out) / "journal.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Stopped(Exception):
+    """Ends an ingest in the middle, as a full disk or a bug would."""
+
+
+def stopped(
+    source: Path,
+    out: Path,
+    shards: int,
+    kind: str = "webdataset",
+    options: tuple[object, ...] = (*SMALL, "--max-failures", "0.2"),
+) -> None:
+    """Go on with an ingest until so many shards are finished."""
+    write = Partial.write
+
+    def until(self: Partial, *arguments: Any) -> None:
+        write(self, *arguments)
+        if self.finished >= shards:
+            raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Partial, "write", until)
+        with pytest.raises(Stopped):
+            ingest(kind, source, out, *options)

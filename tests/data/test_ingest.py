@@ -12,19 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from foreign import counts, documents, files, ingest, manifest, write_tar
+from foreign import (
+    SMALL,
+    counts,
+    documents,
+    files,
+    ingest,
+    journal,
+    manifest,
+    partial_of,
+    stopped,
+    write_tar,
+)
 from made import png
 
 from mmtrain.cli import main
 from mmtrain.data.ingest import journal as journal_module
-from mmtrain.data.ingest import workers
+from mmtrain.data.ingest import progress, workers
 from mmtrain.data.ingest.journal import Partial
+from mmtrain.data.ingest.report import Counts
 from mmtrain.data.ingest.webdataset import WebDataset
 from mmtrain.data.shards import load_lengths, open_shards
 from mmtrain.data.vocabulary import load_vocabulary
 from mmtrain.errors import ExitCode
-
-SMALL = ("--shard-mb", "0.0025")
 
 
 def laion(folder: Path, tars: int = 2, pairs: int = 40) -> Path:
@@ -43,15 +53,6 @@ def laion(folder: Path, tars: int = 2, pairs: int = 40) -> Path:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return laion(tmp_path / "laion")
-
-
-def partial_of(out: Path) -> Path:
-    return out.with_name(f".{out.name}.partial")
-
-
-def journal(out: Path) -> list[dict[str, Any]]:
-    path = partial_of(out) / "journal.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 # --- the same folder -----------------------------------------------------------------------
@@ -121,31 +122,6 @@ def half_done(source: Path, tmp_path: Path) -> Path:
         stopped(source, out, shards)
     assert len(journal(out)) > 3
     return out
-
-
-class Stopped(Exception):
-    """Ends an ingest in the middle, as a full disk or a bug would."""
-
-
-def stopped(
-    source: Path,
-    out: Path,
-    shards: int,
-    kind: str = "webdataset",
-    options: tuple[object, ...] = (*SMALL, "--max-failures", "0.2"),
-) -> None:
-    """Go on with an ingest until so many shards are finished."""
-    write = Partial.write
-
-    def until(self: Partial, *arguments: Any) -> None:
-        write(self, *arguments)
-        if self.finished >= shards:
-            raise Stopped
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Partial, "write", until)
-        with pytest.raises(Stopped):
-            ingest(kind, source, out, *options)
 
 
 def test_torn_lines_and_lost_shards_are_made_again(
@@ -489,3 +465,22 @@ def test_a_recipe_draws_what_was_ingested(
 
 
 LOOSE = ("--max-failures", "0.5")
+
+
+# --- how far it is -------------------------------------------------------------------------
+
+
+def test_a_terminal_gets_a_bar_and_a_file_gets_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Counts(records=41, documents=40)
+    with progress.Progress(found, bar=True) as bar:
+        bar.passed(found)
+    assert "42 records" in capsys.readouterr().err
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
+    said: list[str] = []
+    monkeypatch.setattr(progress.log, "info", lambda form, *args: said.append(form % args))
+    with progress.Progress(found, bar=False) as lines:
+        lines.passed(found)
+    assert said[0].startswith("41 records, 40 documents, 0 left out, ")
+    assert capsys.readouterr().err == ""

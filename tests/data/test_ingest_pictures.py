@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foreign import Json, counts, documents, files, ingest, shown, write_tar
+from foreign import Json, counts, documents, files, ingest, shown, stopped, write_tar
 from made import png
 from PIL import Image
 
@@ -292,6 +292,26 @@ def test_a_dataset_saved_to_disk_is_read_without_its_library(tmp_path: Path) -> 
     assert [shown(d) for d in documents(tmp_path / "plain")] == ["one", "two"]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "huggingface"])
+def test_tables_go_on_in_the_middle_of_row_groups_and_batches(tmp_path: Path, kind: str) -> None:
+    rows = {
+        "image": [RED[:40] if n % 4 == 3 else png((10 * n, 0, 0)) for n in range(20)],
+        "text": [f"wall {n}" for n in range(20)],
+    }
+    if kind == "parquet":
+        for name in ("0", "1"):
+            write_parquet(tmp_path / f"src/{name}.parquet", rows, rows=3)
+    else:
+        saved_to_disk(tmp_path / "src", [rows, rows])
+    options = ("--max-failures", "0.3", "--shard-mb", "0.0001")
+    assert ingest(kind, tmp_path / "src", tmp_path / "whole", *options) == 0
+    assert len(documents(tmp_path / "whole")) == 30
+    for shards in range(1, 30, 2):
+        stopped(tmp_path / "src", tmp_path / "out", shards, kind, options)
+    assert ingest(kind, tmp_path / "src", tmp_path / "out", *options) == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 def test_a_dataset_that_is_not_one_is_refused_by_what_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,7 +327,7 @@ def test_a_dataset_that_is_not_one_is_refused_by_what_is_wrong(
     cases = [
         (splits, ExitCode.CONTENT, "holds the splits train, test; name one of them"),
         (picked, ExitCode.CONTENT, "flatten_indices"),
-        (escaping, ExitCode.CONTENT, "leaves its folder"),
+        (escaping, ExitCode.CONTENT, "the index is forged"),
         (lost, ExitCode.MISSING, "gone.arrow is not there"),
         (torn, ExitCode.CONTENT, "is no JSON"),
         (tmp_path / "nowhere", ExitCode.MISSING, "is not there"),

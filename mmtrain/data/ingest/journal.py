@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,13 +98,13 @@ class Partial:
         """Shards that a kill would not lose."""
         return self._finished
 
-    def write(self, document: Document, position: Position, counts: Mapping[str, Any]) -> None:
+    def write(self, document: Document, position: Position, counts: Callable[[], Json]) -> None:
         """Append a document.
 
         Args:
             document: the next one.
             position: of its record.
-            counts: of all records before it.
+            counts: gives those of all records before it.
 
         Raises:
             ContentError: it is malformed.
@@ -118,7 +118,7 @@ class Partial:
             self._arrive(entry["raw_data"]["basename"])
             line = {"shard": entry, "position": [position.file, position.records]}
             with (self._folder / _JOURNAL).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line | {"counts": counts}) + "\n")
+                file.write(json.dumps(line | {"counts": counts()}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         self._finished += 1

@@ -155,7 +155,7 @@ def _write(kind: Kind, found: tuple[SourceFile, ...], partial: Partial, work: Wo
         for outcome in ordered_map(made, tasks, work.workers):
             position = outcome.task.position
             if outcome.document is not None:
-                partial.write(outcome.document, position, counts.to_json())
+                partial.write(outcome.document, position, counts.to_json)
                 counts.keep(outcome.document, outcome.noted)
             elif outcome.dropped is not None:
                 counts.drop(outcome.dropped.reason)
