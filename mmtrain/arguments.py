@@ -54,8 +54,10 @@ def ingest(parser: argparse.ArgumentParser) -> None:
     """Of `mmtrain data ingest`: a parser for each kind, with the options that the kind takes."""
     kinds = parser.add_subparsers(title="kinds", metavar="KIND", dest="kind", required=True)
     for kind, (summary, source, options) in _KINDS.items():
-        made = kinds.add_parser(kind, help=summary, description=f"{summary.capitalize()}.")
-        made.add_argument("source", type=Path, metavar="SRC", help=f"{source}; or a quoted glob")
+        made = kinds.add_parser(
+            kind, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+        )
+        made.add_argument("source", type=Path, metavar="SRC", help=source)
         made.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
         for option in (*options, *_EVERY_KIND):
             made.add_argument(f"--{option}", **_INGEST[option])
@@ -293,7 +295,7 @@ def _number(word: str) -> float:
         raise argparse.ArgumentTypeError(f"found {word!r}; wanted: a number") from None
 
 
-_SHARDS_OF = "a folder, searched to its depth, or one file"
+_SHARDS_OF = "a file, a folder that is searched to its depth, or a quoted glob"
 _KINDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "webdataset": ("tars of pictures and captions, as LAION", _SHARDS_OF, ("text",)),
     "parquet": (
@@ -306,7 +308,7 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "storyboard": ("thumbnails and subtitles of videos", "a folder with one folder a video", ()),
     "chat": (
         "conversations, in the JSON that people have",
-        "a JSON array of records, or one object a line",
+        "a JSON array of records, or one object a line; a folder or a quoted glob of them",
         ("images", "format", "system", "frames"),
     ),
     "text": ("plain text as JSON lines", _SHARDS_OF, ("text",)),

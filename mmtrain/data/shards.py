@@ -80,6 +80,11 @@ class ShardWriter:
         """
         if document.sample_id in self._ids:
             raise ContentError(f"document {document.sample_id!r} is written twice; ids are unique")
+        self.append(document)
+        self._ids.add(document.sample_id)
+
+    def append(self, document: Document) -> None:
+        """Append one whose sample id is new by the way it was made; the same errors."""
         row = to_row(document)
         limit = self._writer.size_limit
         if not self._writer.new_samples:
@@ -87,7 +92,6 @@ class ShardWriter:
         with storage_errors(self._folder):
             self._writer.write(row)
         self._writer.size_limit = limit
-        self._ids.add(document.sample_id)
         self.documents += 1
 
     def finish(self) -> None:

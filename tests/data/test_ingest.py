@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -85,6 +86,27 @@ def test_an_ingest_killed_anywhere_goes_on_to_the_same_folder(
     kept = [out / path.name for path in before if (out / path.name).exists()]
     unchanged = [p for p in kept if p.stat().st_mtime_ns in before.values()]
     assert len(unchanged) >= 3  # what was finished is not made again
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_nothing_is_locked_lost_or_doubled(tmp_path: Path) -> None:
+    draw, out = random.Random(0), tmp_path / "out"
+    source = laion(tmp_path / "laion", 3, 120)
+    options = (*SMALL, "--max-failures", "0.2")
+    assert ingest("webdataset", source, tmp_path / "whole", *options) == 0
+    kills = 0
+    while not out.exists():
+        every = (*options, "--workers", draw.randrange(1, 4))
+        process = multiprocessing.get_context("fork").Process(
+            target=slowly, args=(source, out, every), daemon=False
+        )
+        process.start()
+        process.join(draw.uniform(0.05, 0.8))
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+    assert kills >= 10 and files(out) == files(tmp_path / "whole")
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
 def killed(source: Path, out: Path, shards: int, *options: object) -> None:

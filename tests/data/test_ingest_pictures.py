@@ -168,7 +168,7 @@ def test_pictures_are_made_smaller_and_reencoded_as_asked(tmp_path: Path) -> Non
 # --- parquet -------------------------------------------------------------------------------
 
 
-def write_parquet(path: Path, columns: dict[str, list[Any]], rows: int = 3) -> Path:
+def write_parquet(path: Path, columns: dict[str, Any], rows: int = 3) -> Path:
     pa = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
     parquet = pytest.importorskip("pyarrow.parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,6 +242,17 @@ def test_a_damaged_parquet_file_is_one_broken_record(tmp_path: Path) -> None:
     assert ingest("parquet", tmp_path / "src", tmp_path / "out") == 0
     found = counts(tmp_path / "out")
     assert found["dropped"].get("cut") in (1, 2) and 40 < found["documents"] < 120
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_row_whose_text_is_no_unicode_is_left_out_alone(tmp_path: Path, large: bool) -> None:
+    pa = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    kind, raw = (pa.large_string, pa.large_binary) if large else (pa.string, pa.binary)
+    words = pa.array([b"one", b"\xff\xfe", b"three"], raw()).view(kind())
+    write_parquet(tmp_path / "0.parquet", {"image": [RED] * 3, "text": words})
+    assert ingest("parquet", tmp_path / "0.parquet", tmp_path / "out", *LENIENT) == 0
+    assert [shown(d) for d in documents(tmp_path / "out")] == ["(1)one", "(1)three"]
+    assert counts(tmp_path / "out")["dropped"] == {"text": 1}
 
 
 def test_without_pyarrow_the_way_to_it_is_said(
@@ -518,34 +529,47 @@ def test_lines_of_text_are_documents_and_broken_ones_are_counted(tmp_path: Path)
     assert [shown(d) for d in documents(tmp_path / "b")] == ["x"]
 
 
-def test_nothing_of_a_mutated_source_is_a_crash(tmp_path: Path) -> None:
-    """Bytes of tars and of JSON lines turned, cut and doubled: a folder, or one clear refusal."""
-    draw = random.Random(0)
-    tar = write_tar(
-        tmp_path / "a.tar",
-        {f"{n}.{end}": b for n in range(4) for end, b in (("png", RED), ("txt", b"a"))},
-    ).read_bytes()
-    text = "\n".join(json.dumps(page([[0.5, 0.1, 0.1]], ["a.png"])) for _ in range(4)).encode()
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    (pictures / "a.png").write_bytes(RED)
-    outcomes = set[tuple[str, int]]()
-    for number in range(120):
-        kind, whole = (("webdataset", tar), ("mmc4", text))[number % 2]
-        content = bytearray(whole)
-        for _ in range(draw.randrange(1, 4)):
-            at = draw.randrange(len(content))
-            content[at : at + draw.randrange(20)] = draw.randbytes(draw.randrange(20))
-        source = tmp_path / f"{number}.{'tar' if kind == 'webdataset' else 'jsonl'}"
-        source.write_bytes(content)
-        options = ("--images", pictures) if kind == "mmc4" else ()
-        code = ingest(kind, source, tmp_path / f"o{number}", *options, "--max-failures", 1)
-        outcomes.add((kind, code))
+def mutated(content: bytes, draw: random.Random) -> bytes:
+    """A few runs of bytes taken out or replaced."""
+    turned = bytearray(content)
+    for _ in range(draw.randrange(1, 4)):
+        at = draw.randrange(len(turned))
+        turned[at : at + draw.randrange(20)] = draw.randbytes(draw.randrange(20))
+    return bytes(turned)
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "mmc4", "parquet", "huggingface"])
+@pytest.mark.parametrize("mutations", [30, pytest.param(500, marks=pytest.mark.slow)])
+def test_nothing_of_a_mutated_source_is_a_crash(
+    tmp_path: Path, kind: str, mutations: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Bytes of archives, tables and JSON lines turned: a folder, or one clear refusal."""
+    source, options = tmp_path / "source", list[object]()
+    if kind == "webdataset":
+        pairs = {f"{n}.{end}": b for n in range(4) for end, b in (("png", RED), ("txt", b"a"))}
+        write_tar(source, pairs)
+    elif kind == "mmc4":
+        (tmp_path / "pictures").mkdir()
+        (tmp_path / "pictures/a.png").write_bytes(RED)
+        options += ["--images", tmp_path / "pictures"]
+        record = json.dumps(page([[0.5, 0.1, 0.1]], ["a.png"]))
+        source.write_text("\n".join([record] * 4))
+    else:
+        rows = {"image": [RED] * 8, "text": [f"wall {n}" for n in range(8)]}
+        made = {"parquet": write_parquet, "huggingface": saved_to_disk}[kind]
+        made(tmp_path / "whole", rows if kind == "parquet" else [rows])
+        found = tmp_path / "whole"
+        source = found if kind == "parquet" else found / "data-00000-of-00001.arrow"
+    whole, draw, codes = source.read_bytes(), random.Random(0), set[int]()
+    for number in range(mutations):
+        given = tmp_path / f"{number}.arrow"
+        given.write_bytes(mutated(whole, draw))
+        out = tmp_path / f"o{number}"
+        code = ingest(kind, given, out, *options, "--max-failures", 1)
+        assert code in (0, ExitCode.CONTENT, ExitCode.MISSING), capfd.readouterr().err
+        codes.add(code)
         if not code:
-            found = counts(tmp_path / f"o{number}")
-            assert found["records"] == found["documents"] + sum(found["dropped"].values())
-            assert found["documents"] == len(documents(tmp_path / f"o{number}"))
-    kinds = ("webdataset", "mmc4")
-    assert outcomes <= {(kind, code) for kind in kinds for code in (0, ExitCode.CONTENT)}
-    assert {(kind, 0) for kind in kinds} <= outcomes
-    assert files(tmp_path / "o0")
+            told = counts(out)
+            assert told["records"] == told["documents"] + sum(told["dropped"].values())
+            assert told["documents"] == len(documents(out))
+    assert 0 in codes

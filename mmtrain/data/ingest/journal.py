@@ -110,7 +110,7 @@ class Partial:
             ContentError: it is malformed.
             StorageError: writing failed.
         """
-        self._writer.write(document)
+        self._writer.append(document)
         if len(self._writer.shards) == self._finished:
             return
         entry = self._writer.shards[-1]

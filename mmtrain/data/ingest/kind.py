@@ -1,7 +1,7 @@
 """What every kind of source must say: its files, their records in order, a record as a document.
 
 Records are numbered from 1 in their file. `records` runs in the main process and only cuts files
-into records; what costs time (JSON, pictures, clips) belongs into `document`, which workers run.
+into records; what costs time (pictures, clips) belongs into `document`, which workers run.
 """
 
 from abc import ABC, abstractmethod

@@ -116,10 +116,46 @@ class _Table(Kind):
         return self.media.read(value)
 
     def _rows(self, batch: Any, columns: _Columns, number: int) -> Iterator[Raw]:
-        for row in batch.to_pylist():
+        batch = batch.select(columns.read)
+        _check(batch)
+        try:
+            rows = batch.to_pylist()
+        except ValueError:  # one of its texts is no UTF-8
+            rows = [_row(batch.slice(index, 1)) for index in range(len(batch))]
+        for row in rows:
             number += 1
+            if isinstance(row, Dropped):
+                yield Raw(number, None, "", row)
+                continue
             name = next((str(row[key]) for key in _KEPT if row.get(key) is not None), "")
             yield Raw(number, (columns, row), name)
+
+
+def _row(batch: Any) -> Any:
+    try:
+        return batch.to_pylist()[0]
+    except ValueError as error:
+        return Dropped(Reason.text, f"a text of the row is no UTF-8 ({error})")
+
+
+def _check(batch: Any) -> None:
+    """Raise ArrowInvalid where places of a batch lie outside of it: reading would not notice."""
+    schema = pa.schema([field.with_type(_as_bytes(field.type)) for field in batch.schema])
+    batch.cast(schema).validate(full=True)  # texts may be no UTF-8: that is the row's matter
+
+
+def _as_bytes(kind: Any) -> Any:
+    if pa.types.is_string(kind):
+        return pa.binary()
+    if pa.types.is_large_string(kind):
+        return pa.large_binary()
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_as_bytes(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_as_bytes(kind.value_type)))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_as_bytes(field.type)) for field in kind])
+    return kind
 
 
 class Parquet(_Table):
@@ -194,7 +230,7 @@ class HuggingFace(_Table):
                 columns = _Columns(reader.schema.names, self.given, file.path)
                 for whole in reader:
                     for start in range(0, len(whole), _ROWS):
-                        batch = whole.slice(start, _ROWS).select(columns.read)
+                        batch = whole.slice(start, _ROWS)
                         if number + len(batch) > skip:
                             for raw in self._rows(batch, columns, number):
                                 if raw.number > skip:
