@@ -305,7 +305,11 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "mmc4": ("pages of Multimodal C4", _SHARDS_OF, ("images", "clip-threshold")),
     "webvid": ("a CSV of clips and captions", _SHARDS_OF, ("images", "text", "frames")),
-    "storyboard": ("thumbnails and subtitles of videos", "a folder with one folder a video", ()),
+    "storyboard": (
+        "thumbnails and subtitles of videos",
+        "a folder with one folder a video, or tars of the released tool",
+        (),
+    ),
     "chat": (
         "conversations, in the JSON that people have",
         "a JSON array of records, or one object a line; a folder or a quoted glob of them",

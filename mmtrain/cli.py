@@ -190,7 +190,7 @@ def _data_ingest(arguments: Arguments) -> int:
     names = [field.name for field in fields(IngestOptions) if field.name in given]
     options = IngestOptions(shard_bytes=shard_bytes, **{name: given[name] for name in names})
     work = Work(
-        workers=arguments.workers or len(os.sched_getaffinity(0)),
+        workers=arguments.workers or os.cpu_count() or 1,
         max_failures=arguments.max_failures,
         tokenizer=arguments.tokenizer,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foreign import counts, documents, ingest, manifest, shown
+from foreign import counts, documents, ingest, manifest, shown, write_tar
 from made import film, png
 from PIL import Image
 
@@ -78,11 +78,14 @@ def test_a_table_without_the_columns_of_webvid_is_refused(
     tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.csv").write_text("id,caption\n11,A wall\n")
-    assert ingest("webvid", tmp_path / "a.csv", tmp_path / "out") == ExitCode.CONTENT
+    options = ("--images", clips)
+    assert ingest("webvid", tmp_path / "a.csv", tmp_path / "out") == ExitCode.MISSING
+    assert "webvid needs --images" in capsys.readouterr().err
+    assert ingest("webvid", tmp_path / "a.csv", tmp_path / "out", *options) == ExitCode.CONTENT
     assert "has the columns id, caption; wanted: videoid and name" in capsys.readouterr().err
     (tmp_path / "a.csv").write_text("videoid,caption,page_dir\n11,A wall,pages\n")
-    options = ("--images", clips, "--text", "caption")
-    assert ingest("webvid", tmp_path / "a.csv", tmp_path / "out", *options) == 0
+    named = (*options, "--text", "caption")
+    assert ingest("webvid", tmp_path / "a.csv", tmp_path / "out", *named) == 0
 
 
 # --- storyboards ---------------------------------------------------------------------------
@@ -153,8 +156,16 @@ def test_what_the_released_tool_wrote_is_read_back_with_its_times(tmp_path: Path
         told = {"duration": case["input"]["duration"], "subtitle": case["input"]["subtitles"]}
         (folder / "final_meta.json").write_text(json.dumps(told))
         write_sheets(tmp_path / "raw" / case["name"], case, "png")
-    for name in ("cut", "raw"):
+    tar = {
+        f"{path.parent.name}.{path.name}": path.read_bytes()
+        for path in sorted((tmp_path / "cut").glob("*/*"))
+    }
+    write_tar(tmp_path / "tars/0.tar", tar)
+    for name in ("cut", "raw", "tars"):
         assert ingest("storyboard", tmp_path / name, tmp_path / f"of_{name}") == 0
+    of_tars = documents(tmp_path / "of_tars")
+    assert [d.parts for d in of_tars] == [d.parts for d in documents(tmp_path / "of_cut")]
+    assert [d.meta for d in of_tars] == [d.meta for d in documents(tmp_path / "of_cut")]
     cut, raw = documents(tmp_path / "of_cut"), documents(tmp_path / "of_raw")
     for ours, theirs in zip(cut, raw, strict=True):
         assert [(p.modality, p.time) for p in ours.parts] == [

@@ -317,7 +317,7 @@ def test_tables_go_on_in_the_middle_of_row_groups_and_batches(tmp_path: Path, ki
     options = ("--max-failures", "0.3", "--shard-mb", "0.0001")
     assert ingest(kind, tmp_path / "src", tmp_path / "whole", *options) == 0
     assert len(documents(tmp_path / "whole")) == 30
-    for shards in range(1, 30, 2):
+    for shards in range(1, 30, 4):
         stopped(tmp_path / "src", tmp_path / "out", shards, kind, options)
     assert ingest(kind, tmp_path / "src", tmp_path / "out", *options) == 0
     assert files(tmp_path / "out") == files(tmp_path / "whole")

@@ -14,6 +14,7 @@ from mmtrain.log import ROOT
 log = logging.getLogger(__name__)
 
 _SECONDS = 30.0  # between lines
+_BAR_SECONDS = 1.0  # between words beside the bar
 
 
 class Progress:
@@ -49,7 +50,7 @@ class Progress:
         self._passed += 1
         self._bar.update()
         now = time.monotonic()
-        if now - self._said < _SECONDS:
+        if now - self._said < (_SECONDS if self._bar.disable else _BAR_SECONDS):
             return
         self._said = now
         rate = self._passed / (now - self._begun)

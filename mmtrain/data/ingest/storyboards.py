@@ -1,4 +1,4 @@
-"""Storyboards of videos (YT-Storyboard): a folder a video, raw or as the released tool leaves it.
+"""Storyboards of videos (YT-Storyboard): a folder a video, or a sample a video in tars.
 
 Raw: one JSON of `sb` (a list of [width, height, columns, rows, frames, type]), `duration` and
 `subtitle` (a list of `text`, `start`; or a file `subtitles.json` beside it), and the sheets, whose
@@ -10,7 +10,7 @@ gives the times back.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from PIL import Image
 
 from mmtrain.data import images
 from mmtrain.data.document import Modality, Part
+from mmtrain.data.ingest.archives import samples, whole
 from mmtrain.data.ingest.dropped import Dropped, Reason
-from mmtrain.data.ingest.files import SourceFile
+from mmtrain.data.ingest.files import SourceFile, find_files
 from mmtrain.data.ingest.kind import Kind, Made, Raw, text_of
 from mmtrain.data.ingest.media import located, read_file
 from mmtrain.data.storyboard import (
@@ -29,7 +30,6 @@ from mmtrain.data.storyboard import (
     storyboard_document,
     timeline,
 )
-from mmtrain.errors import MissingError
 
 _SHEETS = 100  # of a video, as in the released tool
 _CELLS = 10_000  # of a sheet
@@ -37,20 +37,27 @@ _NUMBERED = re.compile(r"(\d+)\.(?:webp|png|jpe?g)", re.ASCII)
 _ENDS_IN_NUMBER = re.compile(r"(?:.*\D)?(\d+)\.(?:webp|png|jpe?g)", re.ASCII)
 
 
+Read = Callable[[str], bytes]  # a member of a video by its name
+
+
 class Storyboards(Kind):
     """Documents of frames and subtitles on one time line."""
 
     name = "storyboard"
-    advice = "Is SRC a folder with one folder a video?"
+    advice = "Is SRC a folder with one folder a video, or tars of the released tool?"
+    endings = (".tar",)
 
     def files(self) -> tuple[SourceFile, ...]:
-        """The source as one file: its folders are the records."""
-        if not self.source.is_dir():
-            raise MissingError(f"{self.source} is no folder; storyboards are a folder a video")
-        return (SourceFile(self.source, self.source.resolve().name),)
+        """Tars; or the source as one file, whose folders are the records."""
+        if self.source.is_dir() and not any(self.source.glob("*.tar")):
+            return (SourceFile(self.source, self.source.resolve().name),)
+        return find_files(self.source, self.endings)
 
     def records(self, file: SourceFile, skip: int) -> Iterator[Raw]:
-        """Folders of videos by name."""
+        """Folders of videos by name; or samples of a tar."""
+        if not file.path.is_dir():
+            yield from samples(file.path, _is_member, skip)
+            return
         names = sorted(
             path.name
             for path in file.path.iterdir()
@@ -61,14 +68,14 @@ class Storyboards(Kind):
 
     def document(self, file: SourceFile, raw: Raw) -> Made:
         """Subtitles and frames in order of time; raises Dropped."""
-        folder = located(file.path, raw.content)
-        try:
-            names = sorted(path.name for path in folder.iterdir())
-        except OSError as error:
-            raise Dropped(Reason.missing, f"{raw.name} cannot be read: {error.strerror}") from error
+        if isinstance(raw.content, str):
+            read, names = _folder(located(file.path, raw.content))
+        else:
+            members = whole(raw.content)
+            read, names = members.__getitem__, sorted(members)
         cut = any(name.endswith(".txt") and name[:-4].isdecimal() for name in names)
-        told = _told(folder, names)
-        parts = _stored(folder, names, told) if cut else _merged(folder, names, told, raw.name)
+        told = _told(read, names)
+        parts = _stored(read, names, told) if cut else _merged(read, names, told, raw.name)
         if not any(part.media for part in parts):
             raise Dropped(Reason.no_image, "no frame")
         parts = [self._encoded(part) for part in parts]
@@ -85,13 +92,26 @@ class Storyboards(Kind):
         return Part(modality=part.modality, media=(blob,), time=part.time)
 
 
-def _told(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+def _is_member(ending: str) -> bool:
+    return ending.endswith((".json", ".txt")) or bool(_ENDS_IN_NUMBER.fullmatch(ending))
+
+
+def _folder(folder: Path) -> tuple[Read, list[str]]:
+    """How the files of a folder are read, and their names."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise Dropped(Reason.missing, f"{folder.name} cannot be read: {error.strerror}") from error
+    return lambda name: read_file(located(folder, name), name), names
+
+
+def _told(read: Read, names: Sequence[str]) -> dict[str, Any]:
     """What the video's JSON tells; its subtitles may be a list of their own."""
     told: dict[str, Any] = {}
     for name in names:
         if not name.endswith(".json"):
             continue
-        value = _json(folder, name)
+        value = _json(read, name)
         if isinstance(value, Mapping):
             told |= value
         elif isinstance(value, list):
@@ -104,18 +124,18 @@ def _told(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     return told
 
 
-def _json(folder: Path, name: str) -> Any:
+def _json(read: Read, name: str) -> Any:
     try:
-        return json.loads(_bytes(folder, name))
+        return json.loads(read(name))
     except (ValueError, RecursionError) as error:
         raise Dropped(Reason.syntax, f"{name} is no JSON: {error}") from error
 
 
 def _merged(
-    folder: Path, names: Sequence[str], told: Mapping[str, Any], video: str
+    read: Read, names: Sequence[str], told: Mapping[str, Any], video: str
 ) -> Sequence[Part]:
     """Sheets and subtitles on one time line."""
-    frames = cut_sheets(list(_sheets(folder, names, told)))
+    frames = cut_sheets(list(_sheets(read, names, told)))
     if not frames:
         raise Dropped(Reason.no_image, "the first sheet is missing, or sb counts no frame")
     subtitles = _subtitles(told)
@@ -125,7 +145,7 @@ def _merged(
     return document.parts
 
 
-def _sheets(folder: Path, names: Sequence[str], told: Mapping[str, Any]) -> Iterator[Sheet | None]:
+def _sheets(read: Read, names: Sequence[str], told: Mapping[str, Any]) -> Iterator[Sheet | None]:
     entries = told.get("sb")
     if not isinstance(entries, list):
         raise Dropped(Reason.fields, "no JSON with sb, a list of sheets")
@@ -135,7 +155,7 @@ def _sheets(folder: Path, names: Sequence[str], told: Mapping[str, Any]) -> Iter
         if number not in by_number:
             yield None
             return
-        picture = _picture(folder, by_number[number])
+        picture = _picture(read, by_number[number])
         if columns > picture.width or rows > picture.height:
             raise Dropped(Reason.fields, f"sheet {number} is smaller than its grid")
         yield Sheet(picture, rows, columns, frames)
@@ -173,14 +193,14 @@ def _subtitles(told: Mapping[str, Any]) -> list[Subtitle] | None:
     return found
 
 
-def _stored(folder: Path, names: Sequence[str], told: Mapping[str, Any]) -> list[Part]:
+def _stored(read: Read, names: Sequence[str], told: Mapping[str, Any]) -> list[Part]:
     """What the released tool has cut and merged: text k, then frame k."""
     pictures = {int(m[1]): name for name in names if (m := _NUMBERED.fullmatch(name))}
     texts = {int(n[:-4]): n for n in names if n.endswith(".txt") and n[:-4].isdecimal()}
     members = sorted({*pictures, *texts})
     if members != list(range(len(members))):
         raise Dropped(Reason.missing, f"one of the members 0 to {members[-1]} is not there")
-    contents = [_bytes(folder, texts[k]).strip() if k in texts else b"" for k in members]
+    contents = [read(texts[k]).strip() if k in texts else b"" for k in members]
     said = [text_of(content, f"{k}.txt") if content else "" for k, content in enumerate(contents)]
     moments = timeline(len(pictures), told.get("duration"), _subtitles(told)) or []
     timed = [moment.text.strip() for moment in moments] == said
@@ -191,17 +211,13 @@ def _stored(folder: Path, names: Sequence[str], told: Mapping[str, Any]) -> list
             parts.append(Part(modality=Modality.text, text=text, time=time))
         if k in pictures:
             time = moments[k].time if timed else None
-            blob = _bytes(folder, pictures[k])
+            blob = read(pictures[k])
             parts.append(Part(modality=Modality.image, media=(blob,), time=time))
     return parts
 
 
-def _picture(folder: Path, name: str) -> Image.Image:
+def _picture(read: Read, name: str) -> Image.Image:
     try:
-        return images.open_picture(_bytes(folder, name))
+        return images.open_picture(read(name))
     except images.DecodeError as error:
         raise Dropped(Reason.undecodable, f"{name} cannot be decoded ({error})") from error
-
-
-def _bytes(folder: Path, name: str) -> bytes:
-    return read_file(located(folder, name), name)

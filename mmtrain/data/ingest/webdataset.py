@@ -6,17 +6,14 @@ always that key.
 """
 
 import json
-import tarfile
-import zlib
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 from typing import Any
 
 from mmtrain.data.document import Modality, Part
+from mmtrain.data.ingest.archives import samples, whole
 from mmtrain.data.ingest.dropped import Dropped, Reason
 from mmtrain.data.ingest.files import SourceFile
 from mmtrain.data.ingest.kind import Kind, Made, Raw, table_of, text_of
-from mmtrain.data.ingest.media import MAX_BYTES
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("caption", "text", "TEXT", "top_caption")  # keys of a caption, the first that is there
@@ -34,34 +31,11 @@ class WebDataset(Kind):
 
     def records(self, file: SourceFile, skip: int) -> Iterator[Raw]:
         """Samples of a tar; those that are passed over are not read."""
-        number, key = 0, ""
-        fields: dict[str, bytes | Dropped] = {}
-        fault: Dropped | None = None
-        try:
-            with tarfile.open(file.path, "r:*") as tar:
-                for info in _members(tar):
-                    own, ending = _key_of(info.name)
-                    if not info.isfile() or ending not in _READ:
-                        continue
-                    if own != key or not number:
-                        if number > skip:
-                            yield Raw(number, fields, key)
-                        number, key, fields = number + 1, own, {}
-                    if number > skip:
-                        fields[ending] = _content(tar, info)
-        except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
-            where = f"behind {key}" if number else "at its begin"
-            fault = Dropped(Reason.cut, f"the tar breaks off {where} ({error}); fetch it again")
-            number = max(number, 1)
-        if number > skip:
-            yield Raw(number, fields, key, fault)
+        return samples(file.path, _READ.__contains__, skip)
 
     def document(self, file: SourceFile, raw: Raw) -> Made:
         """The picture, then its caption; raises Dropped."""
-        fields: dict[str, Any] = raw.content
-        for content in fields.values():
-            if isinstance(content, Dropped):
-                raise content
+        fields = whole(raw.content)
         told = _json_of(fields)
         name = next((ending for ending in PICTURES if ending in fields), None)
         if name is None:
@@ -84,35 +58,6 @@ class WebDataset(Kind):
         if key is None:
             raise Dropped(Reason.no_text, f"no txt, and no {' or '.join(keys)} in json")
         return text_of(told[key], key)
-
-
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Members up to the mark of the end; tarfile itself takes a damaged header for that mark."""
-    for info in tar:
-        tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
-        yield info
-    assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-        raise tarfile.ReadError("damaged header")
-
-
-def _key_of(name: str) -> tuple[str, str]:
-    """What a sample is called, and what the member holds of it."""
-    pure = PurePosixPath(name)
-    base, _, ending = pure.name.partition(".")
-    key = str(pure.with_name(base)) if base else name
-    return key.encode("utf-8", "backslashreplace").decode(), ending.lower()
-
-
-def _content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | Dropped:
-    if info.size > MAX_BYTES or info.issparse():
-        return Dropped(Reason.large, f"{info.name[:80]} has {info.size:,} bytes")
-    stream = tar.extractfile(info)
-    content = b"" if stream is None else stream.read()
-    if len(content) != info.size:
-        raise EOFError("a member is cut")
-    return content
 
 
 def _json_of(fields: dict[str, Any]) -> dict[str, Any]:

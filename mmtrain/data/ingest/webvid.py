@@ -48,6 +48,8 @@ class WebVid(Kind):
 
     def prepare(self, files: Sequence[SourceFile], vocabulary: Vocabulary | None) -> None:
         """Look at the columns."""
+        if self.media.place is None:
+            raise MissingError("webvid needs --images, the folder of the clips")
         for file in files:
             next(self.records(file, 0), None)
 
