@@ -22,7 +22,8 @@ from typing import Any
 
 from mmtrain.data.document import Document
 from mmtrain.data.fetch import INDEX
-from mmtrain.data.shards import ShardWriter, flush, refuse_existing, storage_errors
+from mmtrain.data.folders import flush, publish, refuse_existing, storage_errors
+from mmtrain.data.shards import ShardWriter
 from mmtrain.errors import ExitCode, MmtrainError, Problem, RecipeError
 
 log = logging.getLogger(__name__)
@@ -135,12 +136,7 @@ class Partial:
     def publish(self) -> None:
         """Give the folder its name, and take the rest away."""
         with storage_errors(self._out):
-            for path in sorted(self.folder.rglob("*")):
-                flush(path)
-            flush(self.folder)
-            refuse_existing(self._out)
-            os.rename(self.folder, self._out)
-            flush(self._out.parent)
+            publish(self.folder, self._out)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def close(self) -> None:

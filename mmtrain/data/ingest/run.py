@@ -10,6 +10,7 @@ wrong formats break every record, and a data set that lost a third in silence is
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import PIL
 
 from mmtrain import __version__
 from mmtrain.data.document import Document
+from mmtrain.data.folders import refuse_existing, storage_errors
 from mmtrain.data.ingest import files
 from mmtrain.data.ingest.dropped import Dropped, Reason
 from mmtrain.data.ingest.files import SourceFile
@@ -27,13 +29,7 @@ from mmtrain.data.ingest.kinds import KINDS
 from mmtrain.data.ingest.progress import Progress
 from mmtrain.data.ingest.report import Counts, Report, token_facts
 from mmtrain.data.ingest.workers import ordered_map
-from mmtrain.data.shards import (
-    build_index,
-    load_lengths,
-    open_shards,
-    refuse_existing,
-    storage_errors,
-)
+from mmtrain.data.shards import build_index, load_lengths, open_shards
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.errors import ContentError
 
@@ -130,6 +126,9 @@ def _recipe(name: str, kind: Kind, found: tuple[SourceFile, ...]) -> dict[str, A
         "options": given,
         "files": [files.fingerprint(file) for file in found],
     }
+    system = Path(kind.given.system)
+    if "system" in taken and system.is_file():
+        recipe["system"] = [files.fingerprint(SourceFile(system, system.name))]
     if kind.media.tars:
         recipe["images"] = [files.fingerprint(file) for file in kind.media.tars]
     return recipe
@@ -150,9 +149,9 @@ def _write(kind: Kind, found: tuple[SourceFile, ...], partial: Partial, work: Wo
     def made(task: _Task) -> _Outcome:
         return _made(kind, found[task.position.file], task)
 
-    with Progress(counts) as progress:
-        tasks = _tasks(kind, found, begun)
-        for outcome in ordered_map(made, tasks, work.workers):
+    results = ordered_map(made, _tasks(kind, found, begun), work.workers)
+    with Progress(counts) as progress, closing(results) as outcomes:
+        for outcome in outcomes:
             position = outcome.task.position
             if outcome.document is not None:
                 partial.write(outcome.document, position, counts.to_json)

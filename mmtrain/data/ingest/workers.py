@@ -7,7 +7,7 @@ no signals and die with the process that started them.
 
 import multiprocessing
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -33,7 +33,7 @@ _function: Callable[[Any], Any] | None = None  # of this worker
 
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Results of a function in the order of its items.
 
     Args:
