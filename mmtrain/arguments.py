@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 def recipe(
@@ -49,40 +50,17 @@ def index(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chat(parser: argparse.ArgumentParser) -> None:
-    """Of `mmtrain data chat`."""
-    parser.add_argument(
-        "source", type=Path, metavar="SRC", help="a JSON array of records, or one object a line"
-    )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
-    parser.add_argument(
-        "--format",
-        choices=("llava", "sharegpt", "alpaca", "videochat", "video-chatgpt", "messages"),
-        help="found out from the first records if left out",
-    )
-    parser.add_argument(
-        "--images",
-        type=Path,
-        metavar="DIR",
-        help="folder that names of pictures and clips are relative to; that of SRC if left out",
-    )
-    parser.add_argument(
-        "--system",
-        default="auto",
-        metavar="MESSAGE",
-        help="system message: image, video, none, a text FILE, or auto: image for one picture, "
-        "video for a clip, else none; a record's own takes its place; default: %(default)s",
-    )
-    parser.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="count lengths too, as mmtrain data index"
-    )
-    parser.add_argument(
-        "--max-failures",
-        type=_part,
-        default=0.05,
-        metavar="SHARE",
-        help="share of broken records beyond which nothing is written; default: %(default)s",
-    )
+def ingest(parser: argparse.ArgumentParser) -> None:
+    """Of `mmtrain data ingest`: a parser for each kind, with the options that the kind takes."""
+    kinds = parser.add_subparsers(title="kinds", metavar="KIND", dest="kind", required=True)
+    for kind, (summary, source, options) in _KINDS.items():
+        made = kinds.add_parser(
+            kind, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+        )
+        made.add_argument("source", type=Path, metavar="SRC", help=source)
+        made.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
+        for option in (*options, *_EVERY_KIND):
+            made.add_argument(f"--{option}", **_INGEST[option])
 
 
 def look(parser: argparse.ArgumentParser) -> None:
@@ -315,3 +293,95 @@ def _number(word: str) -> float:
         return float(word)
     except ValueError:
         raise argparse.ArgumentTypeError(f"found {word!r}; wanted: a number") from None
+
+
+_SHARDS_OF = "a file, a folder that is searched to its depth, or a quoted glob"
+_KINDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "webdataset": ("tars of pictures and captions, as LAION", _SHARDS_OF, ("text",)),
+    "parquet": (
+        "tables of captions, pages or text, as img2dataset and OBELICS",
+        _SHARDS_OF,
+        ("images", "image", "text"),
+    ),
+    "mmc4": ("pages of Multimodal C4", _SHARDS_OF, ("images", "clip-threshold")),
+    "webvid": ("a CSV of clips and captions", _SHARDS_OF, ("images", "text", "frames")),
+    "storyboard": (
+        "thumbnails and subtitles of videos",
+        "a folder with one folder a video, or tars of the released tool",
+        (),
+    ),
+    "chat": (
+        "conversations, in the JSON that people have",
+        "a JSON array of records, or one object a line; a folder or a quoted glob of them",
+        ("images", "format", "system", "frames"),
+    ),
+    "text": ("plain text as JSON lines", _SHARDS_OF, ("text",)),
+    "huggingface": (
+        "a Hugging Face dataset on disk",
+        "a folder that save_to_disk wrote",
+        ("images", "image", "text"),
+    ),
+}
+_EVERY_KIND = ("max-side", "reencode", "shard-mb", "tokenizer", "workers", "max-failures")
+_INGEST: dict[str, dict[str, Any]] = {
+    "images": {
+        "type": Path,
+        "metavar": "DIR",
+        "help": "folder that names of pictures and clips are relative to, or tars of pictures",
+    },
+    "image": {"metavar": "NAME", "help": "column of the picture; found out if left out"},
+    "text": {"metavar": "NAME", "help": "column or key of the text; found out if left out"},
+    "clip-threshold": {
+        "type": _number,
+        "default": 0.32,
+        "metavar": "S",
+        "help": "least similarity of a picture and its sentence; default: %(default)s",
+    },
+    "frames": {
+        "type": _positive,
+        "default": 8,
+        "metavar": "N",
+        "help": "kept of a clip, evenly spaced; default: %(default)s",
+    },
+    "format": {
+        "choices": ("llava", "sharegpt", "alpaca", "videochat", "video-chatgpt", "messages"),
+        "help": "found out from the first records if left out",
+    },
+    "system": {
+        "default": "auto",
+        "metavar": "MESSAGE",
+        "help": "system message: image, video, none, a text FILE, or auto: image for one picture, "
+        "video for a clip, else none; a record's own takes its place; default: %(default)s",
+    },
+    "max-side": {
+        "type": _positive,
+        "metavar": "PX",
+        "help": "make larger pictures smaller, aspect kept; pictures stay as they are if left out",
+    },
+    "reencode": {
+        "choices": ("jpeg", "png", "webp"),
+        "help": "store every picture so; in its own format if left out",
+    },
+    "shard-mb": {
+        "type": _above_zero,
+        "default": 64.0,
+        "metavar": "MB",
+        "help": "of a shard; default: %(default)s",
+    },
+    "tokenizer": {
+        "type": Path,
+        "metavar": "DIR",
+        "help": "count lengths too, as mmtrain data index",
+    },
+    "workers": {
+        "type": _positive,
+        "metavar": "N",
+        "help": "processes; the number of cores if left out; shards do not depend on it",
+    },
+    "max-failures": {
+        "type": _part,
+        "default": 0.05,
+        "metavar": "SHARE",
+        "help": "share of broken records beyond which nothing is published; default: %(default)s",
+    },
+}

@@ -30,7 +30,7 @@ deepspeed launcher and under sbatch; overrides follow it as key=value."""
 _EPILOG = """\
 examples:
   mmtrain data shapes demo_data --documents 4000     make demo data
-  mmtrain data chat llava.json chat --images coco    conversations as shards
+  mmtrain data ingest webdataset laion captions      other people's formats as shards
   mmtrain check configs/emu/demo.yaml                all faults of a recipe, or its facts
   mmtrain check runs/demo                            every byte of a run's checkpoints
   mmtrain plan configs/emu/14b_pretrain.yaml --world 128
@@ -57,6 +57,13 @@ all threads to RUN/stacks and go on.
 No progress for watch.stall_seconds: stacks of every rank, exit 86. A dead rank:
 the others exit 75. A second run in the folder: exit 75. Three attempts that saved
 nothing: exit 93. RUN/verdict.json says why the last attempt ended.
+"""
+
+
+_INGEST = """\
+`mmtrain data ingest KIND --help` lists the options of a kind. Broken records are left
+out and counted by reason. Killed, the same command goes on behind the last finished
+shard, and the folder comes out the same; OUT/manifest.json says what is in it.
 """
 
 
@@ -174,17 +181,24 @@ def _data_index(arguments: Arguments) -> int:
     return ExitCode.DONE
 
 
-def _data_chat(arguments: Arguments) -> int:
-    from mmtrain.data.chat_ingest import ChatOptions, write_chat
+def _data_ingest(arguments: Arguments) -> int:
+    from mmtrain.data.ingest.kind import IngestOptions
+    from mmtrain.data.ingest.run import Work, ingest
 
-    options = ChatOptions(
-        format=arguments.format,
-        media=arguments.images,
-        system=arguments.system,
-        tokenizer=arguments.tokenizer,
+    given = vars(arguments)
+    shard_bytes = int(arguments.shard_mb * (1 << 20))
+    names = [field.name for field in fields(IngestOptions) if field.name in given]
+    options = IngestOptions(shard_bytes=shard_bytes, **{name: given[name] for name in names})
+    work = Work(
+        workers=arguments.workers or os.cpu_count() or 1,
         max_failures=arguments.max_failures,
+        tokenizer=arguments.tokenizer,
     )
-    print(write_chat(arguments.source, arguments.out, options).described(arguments.out))
+    try:
+        print(ingest(arguments.kind, arguments.source, arguments.out, options, work))
+    except KeyboardInterrupt:
+        print("mmtrain: stopped; the same command goes on", file=sys.stderr)
+        return ExitCode.STOPPED
     return ExitCode.DONE
 
 
@@ -258,7 +272,7 @@ COMMANDS = (
     Command("plan", "stages, memory and batch on N ranks", takes.plan, _plan),
     Command("data shapes", "write demo data: coloured shapes", takes.shapes, _data_shapes),
     Command("data index", "count tokens and images of shards", takes.index, _data_index),
-    Command("data chat", "write conversations as shards", takes.chat, _data_chat),
+    Command("data ingest", "other people's formats as shards", takes.ingest, _data_ingest, _INGEST),
     Command("data look", "draw packs of a recipe as pictures", takes.look, _data_look),
     Command("sample", "write text and images with a run", takes.sample, _sample),
     Command("evaluate", "ask a run the tasks of its recipe", takes.evaluate, _evaluate),

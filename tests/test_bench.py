@@ -1,9 +1,12 @@
 """The tool behind docs/benchmarks.md runs and says what it promises."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 
 def test_one_run_measures_steps_packing_and_loader(repository: Path, tmp_path: Path) -> None:
@@ -25,3 +28,13 @@ def test_one_run_measures_steps_packing_and_loader(repository: Path, tmp_path: P
     rows = [[line for line in part.splitlines() if line.startswith("| ")] for part in sections[1:]]
     assert [len(found) - 2 for found in rows] == [2, 2, 3]  # without head and rule
     assert not list(tmp_path.iterdir())  # its data are gone
+
+
+def test_ingesting_is_measured_against_pillow_alone(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tool = str(repository / "tools/bench_ingest.py")
+    monkeypatch.setattr(sys, "argv", [tool, "--pictures", "8", "--rounds", "1"])
+    runpy.run_path(tool, run_name="__main__")
+    out = capfd.readouterr().out
+    assert "8 JPEGs of 512 px" in out and len(out.splitlines()) == 8

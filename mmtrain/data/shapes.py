@@ -24,6 +24,7 @@ from PIL import Image
 
 from mmtrain.data.chat import Content, Template, Turn, chat_document
 from mmtrain.data.document import Document, Modality, Part
+from mmtrain.data.folders import temporary_folder
 from mmtrain.data.images import encode_png
 from mmtrain.data.rules import Draw
 from mmtrain.data.shapes_chat import converse, judge_answer
@@ -42,7 +43,7 @@ from mmtrain.data.shapes_world import (
     paint,
     picture,
 )
-from mmtrain.data.shards import build_index, temporary_folder, write_shards
+from mmtrain.data.shards import build_index, write_shards
 from mmtrain.data.vocabulary import load_vocabulary
 from mmtrain.errors import ContentError
 

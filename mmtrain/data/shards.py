@@ -10,8 +10,7 @@ import json
 import os
 import shutil
 import struct
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,26 +34,42 @@ from mmtrain.data.document import (
     to_row,
 )
 from mmtrain.data.fetch import HASH, INDEX, ExpectedFile, Folder
+from mmtrain.data.folders import storage_errors, temporary_folder
 from mmtrain.data.lengths import Lengths
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
-from mmtrain.errors import ContentError, MissingError, StorageError
+from mmtrain.errors import ContentError, MissingError
 
 _PLACE_BYTES = 4  # MDS keeps the place of every row as 32 bits
 _SHARD_LIMIT_BYTES = 1 << 32
 
 
 class ShardWriter:
-    """Collects documents into MDS shards; made by `write_shards`."""
+    """Collects documents into MDS shards; made by `write_shards`, or by an ingestion."""
 
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        """Open a writer of `folder`, which must be empty."""
+    def __init__(
+        self, folder: Path, shard_bytes: int, written: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """Open a writer of `folder`, which must be empty.
+
+        Args:
+            folder: where the next shard goes.
+            shard_bytes: a shard that would be larger is begun anew.
+            written: index entries of shards that were finished earlier, and lie elsewhere.
+        """
         self.documents = 0
         self._ids: set[str] = set()
         with storage_errors(folder):
             self._writer = MDSWriter(
                 columns=COLUMNS, out=str(folder), hashes=[HASH], size_limit=shard_bytes
             )
+        self._writer.shards = list(written)
         self._folder = folder
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        """Index entries of the shards that are finished."""
+        found: list[dict[str, Any]] = self._writer.shards
+        return found
 
     def write(self, document: Document) -> None:
         """Append one document.
@@ -65,10 +80,18 @@ class ShardWriter:
         """
         if document.sample_id in self._ids:
             raise ContentError(f"document {document.sample_id!r} is written twice; ids are unique")
+        self.append(document)
+        self._ids.add(document.sample_id)
+
+    def append(self, document: Document) -> None:
+        """Append one whose sample id is new by the way it was made; the same errors."""
         row = to_row(document)
+        limit = self._writer.size_limit
+        if not self._writer.new_samples:
+            self._writer.size_limit = None  # else a large first one would leave an empty shard
         with storage_errors(self._folder):
             self._writer.write(row)
-        self._ids.add(document.sample_id)
+        self._writer.size_limit = limit
         self.documents += 1
 
     def finish(self) -> None:
@@ -102,68 +125,6 @@ def write_shards(path: Path, *, shard_bytes: int = 1 << 26) -> Iterator[ShardWri
         except BaseException:
             writer.cancel()
             raise
-
-
-@contextmanager
-def temporary_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that takes its name when the block ends well, and goes otherwise.
-
-    Raises:
-        ContentError: `path` exists.
-        StorageError: the folder cannot be made, flushed or renamed.
-    """
-    refuse_existing(path)
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    try:
-        yield partial
-        with storage_errors(path):
-            _publish(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn OSError into StorageError about `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error}") from error
-
-
-def refuse_existing(path: Path) -> None:
-    """Raise ContentError when `path` is there."""
-    if path.exists():
-        raise ContentError(f"{path} exists and is never overwritten; remove it or name another")
-
-
-def _publish(partial: Path, path: Path) -> None:
-    """Flush every file of `partial` to disk, then rename the folder."""
-    for file in sorted(partial.rglob("*")):
-        _flush(file)
-    # mkdtemp makes folders that only their owner reads; this one is as open as the user's others
-    partial.chmod(0o775 & ~_umask())
-    _flush(partial)
-    refuse_existing(path)
-    os.rename(partial, path)
-    _flush(path.parent)
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    found = os.umask(0o077)
-    os.umask(found)
-    return found
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Rows:
@@ -298,10 +259,18 @@ class IndexReport:
     images: int
 
 
-def build_index(path: Path, tokenizer: Path | Vocabulary) -> IndexReport:
+Each = Callable[[Callable[[int], DocumentLengths], Iterable[int]], Iterable[DocumentLengths]]
+
+
+def build_index(path: Path, tokenizer: Path | Vocabulary, each: Each = map) -> IndexReport:
     """Count the tokens and images of every document and store them next to the shards.
 
     Does nothing but report when a valid index is there; a stale one is replaced.
+
+    Args:
+        path: of the dataset.
+        tokenizer: whose tokens are counted.
+        each: applies a function to numbers, in their order; may do so in other processes.
 
     Raises:
         MissingError, ContentError, StorageError: shards or tokenizer are missing or damaged.
@@ -314,8 +283,12 @@ def build_index(path: Path, tokenizer: Path | Vocabulary) -> IndexReport:
             return _report(target, load_lengths(shards, vocabulary))
         except ContentError:
             shutil.rmtree(target)  # stale or damaged: made anew from the shards below
+
+    def counted(number: int) -> DocumentLengths:
+        return count(shards.document(number), vocabulary)
+
     lengths = length_index.collect(
-        (count(shards.document(number), vocabulary) for number in range(len(shards))),
+        each(counted, range(len(shards))),
         fingerprint=vocabulary.fingerprint,
         dataset=shards.dataset,
         shard_sizes=shards.shard_sizes,

@@ -1,7 +1,7 @@
 """The JSON that people have, as conversations: LLaVA, ShareGPT, Alpaca, VideoChat and others.
 
 A reader takes one record and returns who says what, pictures and clips still by their names, or
-raises `Broken` with a reason that is counted. Nothing is repaired in silence: turns out of order,
+raises `Dropped` with a reason that is counted. Nothing is repaired in silence: turns out of order,
 empty turns and marks without pictures break a record. One thing is cut and counted: a last
 question that nobody answered, which ShareGPT has often.
 """
@@ -10,10 +10,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from mmtrain.data.document import Modality
+from mmtrain.data.ingest.dropped import Dropped, Reason
 from mmtrain.errors import ContentError
 
 _MARKS = re.compile(r"(<image>|<video>)")
@@ -22,29 +22,6 @@ _ROLES = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
-
-
-class Reason(Enum):
-    """Why a record is left out."""
-
-    syntax = "no JSON"
-    fields = "fields missing or of the wrong type"
-    order = "roles out of order"
-    empty = "empty turn"
-    unanswered = "no answer"
-    marks = "marks and pictures do not match"
-    missing = "picture or clip not there"
-    undecodable = "picture or clip cannot be decoded"
-    text = "text is not Unicode"
-
-
-class Broken(Exception):
-    """A record that is left out: `reason` is counted, the text is shown."""
-
-    def __init__(self, reason: Reason, text: str) -> None:
-        """Keep both."""
-        super().__init__(text)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -80,7 +57,7 @@ class Format:
     Attributes:
         keys: what a record holds, for messages.
         fits: whether a record looks like one.
-        read: record -> conversation; raises Broken.
+        read: record -> conversation; raises Dropped.
     """
 
     keys: str
@@ -115,7 +92,7 @@ def _openai(record: Mapping[str, Any]) -> Conversation:
     unnamed = [s for m in messages for s in m.said if isinstance(s, Reference) and not s.name]
     if unnamed:
         if [item.modality for item in media] != [said.modality for said in unnamed]:
-            raise Broken(
+            raise Dropped(
                 Reason.marks, f"{len(unnamed)} parts name no picture, {len(media)} are named"
             )
         names = iter(media)
@@ -143,7 +120,7 @@ def _pairs(record: Mapping[str, Any]) -> list[_Message]:
     messages = []
     for pair in _list(record, "history", ()):
         if not isinstance(pair, list) or [type(item) for item in pair] != [str, str]:
-            raise Broken(Reason.fields, "history holds no pairs of texts")
+            raise Dropped(Reason.fields, "history holds no pairs of texts")
         messages += [_Message("user", (pair[0],)), _Message("assistant", (pair[1],))]
     return messages
 
@@ -152,7 +129,7 @@ def _videochat(record: Mapping[str, Any]) -> Conversation:
     messages: list[_Message] = []
     for number, pair in enumerate(_list(record, "QA"), 1):
         if not isinstance(pair, Mapping):
-            raise Broken(Reason.fields, f"QA {number} is {_kind(pair)}; wanted: a table of q, a")
+            raise Dropped(Reason.fields, f"QA {number} is {_kind(pair)}; wanted: a table of q, a")
         asked = [_text(pair, "i", ""), _text(pair, "q")]
         messages += [
             _Message("user", ("\n".join(text for text in asked if text.strip()),)),
@@ -241,12 +218,12 @@ def _conversation(messages: Iterable[_Message], record: Mapping[str, Any]) -> Co
     for number, message in enumerate(said):
         wanted = ("user", "assistant")[number % 2]
         if message.role != wanted:
-            raise Broken(Reason.order, f"turn {number + 1} is of {message.role}, wanted: {wanted}")
+            raise Dropped(Reason.order, f"turn {number + 1} is of {message.role}, wanted: {wanted}")
         if not any(isinstance(part, Reference) or part.strip() for part in message.said):
             reason = Reason.unanswered if wanted == "assistant" else Reason.empty
-            raise Broken(reason, f"turn {number + 1}, of {wanted}, is empty")
+            raise Dropped(reason, f"turn {number + 1}, of {wanted}, is empty")
     if len(said) < 2:
-        raise Broken(Reason.unanswered, "nobody answers" if said else "nobody says anything")
+        raise Dropped(Reason.unanswered, "nobody answers" if said else "nobody says anything")
     pairs = zip(said[::2], said[1::2], strict=False)
     return Conversation(
         tuple((question.said, answer.said) for question, answer in pairs),
@@ -259,11 +236,11 @@ def _messages(record: Mapping[str, Any], key: str, role: str, content: str) -> l
     messages = []
     for number, message in enumerate(_list(record, key), 1):
         if not isinstance(message, Mapping):
-            raise Broken(Reason.fields, f"{key} {number} is {_kind(message)}; wanted: a table")
+            raise Dropped(Reason.fields, f"{key} {number} is {_kind(message)}; wanted: a table")
         who = _text(message, role)
         if who.lower() not in _ROLES:
             known = ", ".join(_ROLES)
-            raise Broken(Reason.order, f"{key} {number}: unknown role {who!r}; known: {known}")
+            raise Dropped(Reason.order, f"{key} {number}: unknown role {who!r}; known: {known}")
         messages.append(_Message(_ROLES[who.lower()], _said(message, content)))
     return messages
 
@@ -273,7 +250,7 @@ def _said(message: Mapping[str, Any], key: str) -> Said:
     if isinstance(content, str):
         return (content,)
     if not isinstance(content, list):
-        raise Broken(Reason.fields, f"{key} is {_kind(content)}; wanted: text, or a list of parts")
+        raise Dropped(Reason.fields, f"{key} is {_kind(content)}; wanted: text, or a list of parts")
     return tuple(_said_part(part) for part in content)
 
 
@@ -283,7 +260,7 @@ def _said_part(part: Any) -> str | Reference:
     if kind == "text":
         return _text(part, "text")
     if kind not in ("image", "image_url", "video", "video_url"):
-        raise Broken(Reason.fields, f"content holds {kind or _kind(part)!r}; wanted: text, image")
+        raise Dropped(Reason.fields, f"content holds {kind or _kind(part)!r}; wanted: text, image")
     modality = Modality(str(kind).removesuffix("_url"))
     place = part.get(kind, part.get("url", part.get("path")))
     if isinstance(place, Mapping):
@@ -310,7 +287,7 @@ def _media(record: Mapping[str, Any]) -> list[Reference]:
 
 def _name(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise Broken(Reason.fields, f"a picture is named by {_kind(value)}; wanted: a path")
+        raise Dropped(Reason.fields, f"a picture is named by {_kind(value)}; wanted: a path")
     return value
 
 
@@ -341,7 +318,7 @@ def _placed(messages: Sequence[_Message], media: Sequence[Reference]) -> list[_M
         marks = ["<video>" if mark == "<image>" and clips else mark for mark in marks]
     for mark, items in (("<image>", images), ("<video>", clips)):
         if marks.count(mark) != len(items):
-            raise Broken(
+            raise Dropped(
                 Reason.marks, f"{marks.count(mark)} marks {mark}, {len(items)} named to stand there"
             )
     clip = iter(clips)
@@ -375,7 +352,7 @@ def _text(table: Mapping[str, Any], key: str, default: str | None = None) -> str
         return default
     if not isinstance(value, str):
         found = _kind(value) if key in table else "missing"
-        raise Broken(Reason.fields, f"{key} is {found}; wanted: text")
+        raise Dropped(Reason.fields, f"{key} is {found}; wanted: text")
     return value
 
 
@@ -385,7 +362,7 @@ def _list(table: Mapping[str, Any], key: str, default: Sequence[Any] | None = No
         return default
     if not isinstance(value, list):
         found = _kind(value) if key in table else "missing"
-        raise Broken(Reason.fields, f"{key} is {found}; wanted: a list")
+        raise Dropped(Reason.fields, f"{key} is {found}; wanted: a list")
     return value
 
 

@@ -1,4 +1,4 @@
-"""`mmtrain data chat`: the JSON people have, as shards; what is broken is named and counted."""
+"""`mmtrain data ingest chat`: the JSON people have; what is broken is named and counted."""
 
 import base64
 import copy
@@ -11,24 +11,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import foreign
 import numpy as np
 import pytest
+from foreign import Json, counts, shown
+from foreign import documents as written
 from made import film, png
 from PIL import Image
 
-from mmtrain.cli import main
-from mmtrain.data import chat_ingest, chat_records, video
+from mmtrain.data import video
 from mmtrain.data.chat import SYSTEM
-from mmtrain.data.chat_formats import Reason
-from mmtrain.data.chat_ingest import ChatOptions, write_chat
-from mmtrain.data.chat_records import read_records
-from mmtrain.data.document import Document, Modality
+from mmtrain.data.document import Modality
+from mmtrain.data.ingest import records as json_records
+from mmtrain.data.ingest import run
+from mmtrain.data.ingest.dropped import Reason
+from mmtrain.data.ingest.records import read_records
 from mmtrain.data.shards import load_lengths, open_shards
 from mmtrain.data.vocabulary import load_vocabulary
-from mmtrain.errors import ContentError, ExitCode, MissingError
+from mmtrain.errors import ContentError, ExitCode
 
 RED, BLUE = png((200, 30, 30)), png((20, 20, 220))
-Json = dict[str, Any]
 
 
 @pytest.fixture
@@ -53,22 +55,16 @@ def llava(**own: Any) -> Json:
     return {"id": "7", "image": "a.png", "conversations": said, **own}
 
 
-def written(out: Path) -> list[Document]:
-    shards = open_shards(out)
-    return [shards.document(number) for number in range(len(shards))]
+def ingest(folder: Path, records: Any, *options: str, out: str = "out") -> int:
+    """Write the records as JSON (texts and bytes as they are) and run the command."""
+    text = records if isinstance(records, str | bytes) else json.dumps(records)
+    (folder / "chat.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return foreign.ingest("chat", folder / "chat.json", folder / out, *options)
 
 
-def shown(document: Document) -> str:
-    """A conversation as text, `(n)` for a picture or clip of n images."""
-    return "".join(part.text or f"({len(part.media)})" for part in document.parts)
-
-
-def ingest(folder: Path, records: Any, *options: str) -> int:
-    """Write the records as JSON (a text as it is) and run the command."""
-    text = records if isinstance(records, str) else json.dumps(records)
-    (folder / "chat.json").write_text(text)
-    arguments = ["data", "chat", str(folder / "chat.json"), str(folder / "out"), *options]
-    return main(arguments)
+def dropped(folder: Path, out: str = "out") -> dict[Reason, int]:
+    """Records left out by reason."""
+    return {Reason[name]: count for name, count in counts(folder / out)["dropped"].items()}
 
 
 # --- formats -------------------------------------------------------------------------------
@@ -155,7 +151,7 @@ def test_every_format_is_found_out_and_read(
     assert shown(document) == text
     form = name.partition(",")[0]
     assert document.meta["format"] == form and document.sample_id == "chat-00000001"
-    assert f"read as {form}" in capsys.readouterr().out
+    assert f"read as {form}:" in capsys.readouterr().out
     system = document.parts[0]
     assert not system.markup or system.text == " [USER]: "  # a record's own words are no markup
 
@@ -165,8 +161,7 @@ def test_lines_and_an_array_hold_the_same_records(folder: Path) -> None:
     assert ingest(folder, records) == 0
     array = written(folder / "out")
     lines = "\ufeff" + "\n".join(json.dumps(record) for record in records) + "\n\n"
-    (folder / "chat.json").write_text(lines)
-    write_chat(folder / "chat.json", folder / "lines", ChatOptions())
+    assert ingest(folder, lines, out="lines") == 0
     assert written(folder / "lines") == array and len(array) == 2
 
 
@@ -182,22 +177,24 @@ def test_pictures_are_kept_as_they_are_and_frames_in_order(folder: Path) -> None
 
 
 def test_clips_are_named_by_an_id_and_a_broken_film_by_its_record(
-    folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     film(folder / "v_film.mp4", 22)
     (folder / "v_cut.mkv").write_bytes((folder / "v_film.mp4").read_bytes()[:500])
     names = ["v_film", "v_cut", "v_film.mp4"]
     records = [{"video_id": name, "q": "What?", "a": "Grey."} for name in names]
-    (folder / "chat.json").write_text(json.dumps(records))
-    report = write_chat(folder / "chat.json", folder / "out", ChatOptions(max_failures=0.5))
-    assert report.broken == {Reason.undecodable: 1} and "record 2" in lines[0]
+    assert ingest(folder, records, "--max-failures", "0.5") == 0
+    assert dropped(folder) == {Reason.undecodable: 1} and "record 2" in lines[0]
     first, second = (document.parts[2].media for document in written(folder / "out"))
     assert first == second and len(first) == 8
     greys = [np.asarray(Image.open(io.BytesIO(blob)), np.float64).mean() for blob in first]
     assert greys == pytest.approx([24 * number for number in range(8)], abs=6)
     monkeypatch.setattr(video, "av", None)
-    with pytest.raises(MissingError, match=r"pip install 'mmtrain\[video\]'"):
-        write_chat(folder / "chat.json", folder / "again", ChatOptions())
+    assert ingest(folder, records, out="again") == ExitCode.MISSING
+    assert "pip install 'mmtrain[video]'" in capsys.readouterr().err
 
 
 def test_other_kinds_of_pictures_become_png(folder: Path) -> None:
@@ -216,9 +213,8 @@ def test_system_messages_follow_the_record_or_the_option(folder: Path) -> None:
         "none": [" [USER]: "] * 3,
         str(folder / "own.txt"): ["Look: [IMG]here[/IMG]"] * 3,
     }
-    (folder / "chat.json").write_text(json.dumps(records))
     for number, (system, expected) in enumerate(beginnings.items()):
-        write_chat(folder / "chat.json", folder / f"o{number}", ChatOptions(system=system))
+        assert ingest(folder, records, "--system", system, out=f"o{number}") == 0
         found = [document.parts[0] for document in written(folder / f"o{number}")]
         assert [part.text for part in found] == expected and all(part.markup for part in found)
     assert ingest(folder, records, "--system", "imagge") == ExitCode.MISSING
@@ -326,7 +322,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     found: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("mmtrain.data.chat_ingest")
+    logger = logging.getLogger("mmtrain.data.ingest.run")
     logger.addHandler(handler)
     monkeypatch.setattr(logger, "propagate", False)
     yield found
@@ -338,10 +334,10 @@ def test_a_broken_record_is_left_out_named_and_counted(
     name: str, spoilt: Path, lines: list[str]
 ) -> None:
     record, reason, said = BROKEN[name]
-    (spoilt / "chat.json").write_text(json.dumps([llava(), record, llava()]))
-    options = ChatOptions(format="llava", max_failures=0.5)
-    report = write_chat(spoilt / "chat.json", spoilt / "out", options)
-    assert report.broken == {reason: 1} and (report.records, report.conversations) == (3, 2)
+    records = [llava(), record, llava()]
+    assert ingest(spoilt, records, "--format", "llava", "--max-failures", "0.5") == 0
+    found = counts(spoilt / "out")
+    assert dropped(spoilt) == {reason: 1} and (found["records"], found["documents"]) == (3, 2)
     (line,) = lines
     assert said in line and "chat.json record 2" in line
     assert [d.sample_id[-1] for d in written(spoilt / "out")] == ["1", "3"]
@@ -367,7 +363,7 @@ def test_too_many_broken_records_write_nothing(
     assert ingest(spoilt, records) == ExitCode.CONTENT
     error = capsys.readouterr().err
     assert "2 of 20 records are broken as llava (2 picture or clip not there)" in error
-    assert "allowed is a share of 0.05; nothing was written" in error
+    assert "allowed is a share of 0.05; nothing was published" in error
     before = sorted(path.name for path in spoilt.iterdir())
     assert "out" not in before and not any("partial" in name for name in before)
     assert ingest(spoilt, records, "--max-failures", "0.1") == 0
@@ -379,11 +375,14 @@ def test_nothing_but_broken_records_is_content_invalid_whatever_is_allowed(spoil
     assert not (spoilt / "out").exists()
 
 
-def test_a_hopeless_file_is_given_up_early(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_ingest, "_HOPELESS", 5)
-    (folder / "chat.json").write_text(json.dumps([llava(image="x.png")] * 9 + [llava()] * 900))
-    with pytest.raises(ContentError, match=r"all of the 5 records read are .*--images the folder"):
-        write_chat(folder / "chat.json", folder / "out", ChatOptions())
+def test_a_hopeless_file_is_given_up_early(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "_HOPELESS", 5)
+    records = [llava(image="x.png")] * 9 + [llava()] * 900
+    assert ingest(folder, records) == ExitCode.CONTENT
+    error = capsys.readouterr().err
+    assert re.search(r"all of the 5 records read are .*--images the folder", error)
 
 
 def test_a_last_question_without_an_answer_is_cut_and_counted(
@@ -424,23 +423,27 @@ def test_a_file_that_is_no_list_of_records_is_refused(
     assert not (folder / "out").exists()
 
 
-def test_files_that_are_not_there_are_missing(folder: Path, shapes: Path) -> None:
-    with pytest.raises(MissingError, match="cannot be read"):
-        write_chat(folder / "none.json", folder / "out", ChatOptions())
-    with pytest.raises(MissingError, match="cannot be read: Is a directory"):
-        write_chat(folder, folder / "out", ChatOptions())
-    with pytest.raises(MissingError, match="tokenizer folder"):
-        write_chat(folder / "none.json", folder / "out", ChatOptions(tokenizer=folder / "none"))
-    (folder / "out").mkdir()
-    with pytest.raises(ContentError, match="never overwritten"):
-        write_chat(folder / "none.json", folder / "out", ChatOptions())
+def test_files_that_are_not_there_are_missing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    none, out = folder / "none.json", folder / "out"
+    cases: list[tuple[Path, list[object], ExitCode, str]] = [
+        (none, [], ExitCode.MISSING, "none.json is not there"),
+        (folder / "deep", [], ExitCode.MISSING, "holds no .jsonl or .json"),
+        (none, ["--tokenizer", folder / "none"], ExitCode.MISSING, "tokenizer folder"),
+    ]
+    for source, options, code, said in cases:
+        assert foreign.ingest("chat", source, out, *options) == code
+        assert said in capsys.readouterr().err and not out.exists()
+    out.mkdir()
+    assert foreign.ingest("chat", none, out) == ExitCode.CONTENT
+    assert "never overwritten" in capsys.readouterr().err
 
 
 def test_a_broken_line_is_one_broken_record(folder: Path, lines: list[str]) -> None:
     text = "\n".join([json.dumps(llava()), '{"id": 3,', "[1", "\x80", json.dumps(llava())])
-    (folder / "chat.json").write_bytes(text.encode("latin-1"))
-    report = write_chat(folder / "chat.json", folder / "out", ChatOptions(max_failures=0.6))
-    assert report.broken == {Reason.syntax: 3} and report.conversations == 2
+    assert ingest(folder, text.encode("latin-1"), "--max-failures", "0.6") == 0
+    assert dropped(folder) == {Reason.syntax: 3} and counts(folder / "out")["documents"] == 2
     assert "record 2 left out: no JSON" in lines[0]
 
 
@@ -451,12 +454,12 @@ def test_an_array_is_read_as_a_stream(folder: Path, monkeypatch: pytest.MonkeyPa
     path.write_text(json.dumps([*records, 12, -1.5e3, None, "x"], ensure_ascii=False, indent=1))
     expected = [*records, 12, -1.5e3, None, "x"]
     for chunk in (1, 2, 7, 64, 1 << 20):
-        monkeypatch.setattr(chat_records, "_CHUNK", chunk)
+        monkeypatch.setattr(json_records, "_CHUNK", chunk)
         found = list(read_records(path))
         assert [record.value for record in found] == expected
         assert [record.number for record in found] == list(range(1, len(expected) + 1))
-    monkeypatch.setattr(chat_records, "_CHUNK", 64)
-    monkeypatch.setattr(chat_records, "_LONGEST", 200)
+    monkeypatch.setattr(json_records, "_CHUNK", 64)
+    monkeypatch.setattr(json_records, "_LONGEST", 200)
     path.write_text('[{"a": "' + "x" * 10_000)
     with pytest.raises(ContentError, match="no JSON array from record 1"):
         list(read_records(path))
@@ -498,15 +501,17 @@ def test_mutated_records_are_all_counted_and_none_is_a_crash(spoilt: Path) -> No
         {"video": "v_clip", "conversations": talk("<video>", "A.")},
     ]
     records = [_mutated(chance.choice(sound), chance) for _ in range(500)]
-    (spoilt / "chat.json").write_text(json.dumps([*sound, *records]))
-    options = ChatOptions(format="llava", max_failures=1.0)
-    report = write_chat(spoilt / "chat.json", spoilt / "out", options)
-    assert report.records == 504 == report.conversations + report.broken.total()
-    assert len(written(spoilt / "out")) == report.conversations
-    assert len(report.broken) >= 6 and 50 < report.conversations < 450
+    options = ["--format", "llava", "--max-failures", "1"]
+    assert ingest(spoilt, [*sound, *records], *options) == 0
+    kept, broken = counts(spoilt / "out")["documents"], dropped(spoilt)
+    assert counts(spoilt / "out")["records"] == 504 == kept + sum(broken.values())
+    assert len(written(spoilt / "out")) == kept
+    assert len(broken) >= 6 and 50 < kept < 450
 
 
-def test_mutated_bytes_are_records_or_one_clear_error(folder: Path) -> None:
+def test_mutated_bytes_are_records_or_one_clear_error(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     chance = random.Random(1)
     sound = [llava(), llava(conversations=talk("<image> A?", "B.", "C?", "D."))]
     texts = (json.dumps(sound), "\n".join(map(json.dumps, sound)))
@@ -516,15 +521,14 @@ def test_mutated_bytes_are_records_or_one_clear_error(folder: Path) -> None:
         for _ in range(chance.randrange(1, 4)):
             at = chance.randrange(len(content))
             content[at : at + chance.randrange(2)] = chance.randbytes(chance.randrange(3))
-        (folder / "chat.json").write_bytes(content)
-        try:
-            options = ChatOptions(format="llava", max_failures=0.9)
-            report = write_chat(folder / "chat.json", folder / f"out{number}", options)
-        except ContentError as error:
-            assert str(folder / "chat.json") in str(error)
-            assert not (folder / f"out{number}").exists()
+        options = ["--format", "llava", "--max-failures", "0.9"]
+        out = f"out{number}"
+        if code := ingest(folder, bytes(content), *options, out=out):
+            assert code == ExitCode.CONTENT and not (folder / out).exists()
+            assert str(folder / "chat.json") in capsys.readouterr().err
             outcomes.add("refused")
             continue
-        assert report.records == report.conversations + report.broken.total()
+        found = counts(folder / out)
+        assert found["records"] == found["documents"] + sum(found["dropped"].values())
         outcomes.add("written")
     assert outcomes == {"refused", "written"}
