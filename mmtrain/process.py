@@ -79,7 +79,8 @@ def become_worker(number: int) -> None:
         os._exit(128 + signal.SIGKILL)
     for asked in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(asked, signal.SIG_IGN)
-    faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
+    # the real one: what stands in its place may have no descriptor
+    faulthandler.register(signal.SIGUSR2, file=sys.__stderr__ or sys.stderr, all_threads=True)
 
 
 @functools.cache

@@ -144,14 +144,22 @@ def test_a_huge_picture_is_left_out_and_counted(
     (tmp_path / "chat.json").write_text(json.dumps(records))
     out = tmp_path / "out"
     start = time.perf_counter()
-    assert main(["data", "chat", str(tmp_path / "chat.json"), str(out)]) == 65
+    assert main(["data", "ingest", "chat", str(tmp_path / "chat.json"), str(out)]) == 65
     left_out, verdict = capsys.readouterr().err.strip().splitlines()
     assert time.perf_counter() - start < 3
     assert "record 1 (id bad)" in left_out and "more than 67,108,864 pixels" in left_out
     assert "1 of 4" in verdict and not out.exists()
-    command = ["data", "chat", str(tmp_path / "chat.json"), str(out), "--max-failures", "0.5"]
+    command = [
+        "data",
+        "ingest",
+        "chat",
+        str(tmp_path / "chat.json"),
+        str(out),
+        "--max-failures",
+        "0.5",
+    ]
     assert main(command) == 0
-    assert "3 conversations" in capsys.readouterr().out
+    assert "3 documents of 4 records read as llava" in capsys.readouterr().out
 
 
 # the code itself
