@@ -113,9 +113,9 @@ def test_deepspeed_loads_what_was_written(
     world: World, both: Callable[[str], str], layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = both("zero1")
-    assert tool(
-        world, monkeypatch, "out", f"runs/{source}", f"for-{layout}", "--names", "engine",
-        "--checkpoint", "step-00000005", *LAYOUTS[layout],
+    assert world.tool_here(
+        monkeypatch, "universal_checkpoint.py", "out", f"runs/{source}", f"for-{layout}",
+        "--names", "engine", "--checkpoint", "step-00000005", *LAYOUTS[layout],
     ) == 0  # fmt: skip
     name = f"loaded-{layout}"
     on_two_ranks(world, "load", f"for-{layout}", str(TINY), f"name={name}", *LAYOUTS[layout])
