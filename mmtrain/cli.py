@@ -171,6 +171,8 @@ def _data_index(arguments: Arguments) -> int:
         f"{report.documents:,} documents, {report.text_tokens:,} text tokens, "
         f"{report.images:,} images: {report.folder}"
     )
+    for reason, count in report.left_out.items():
+        print(f"{count:,} documents left out: {reason}")
     return ExitCode.DONE
 
 

@@ -23,7 +23,8 @@ from mmtrain import recipe as recipes
 from mmtrain.checkpoint import store
 from mmtrain.data.assemble import Assembler
 from mmtrain.data.batch import Batch
-from mmtrain.data.loader import Loader, heldout_batches
+from mmtrain.data.cache import ShardCache
+from mmtrain.data.loader import Loader, Workers, heldout_batches
 from mmtrain.data.mixture import Mixture, OnePass, Source
 from mmtrain.data.pack import Mark, Plan
 from mmtrain.data.picture import draw_pack
@@ -261,6 +262,10 @@ def _accumulation(recipe: Recipe, dims: ParallelDims) -> int:
 
 def open_sources(setting: Setting, configs: dict[str, SourceConfig]) -> list[Source]:
     """Shards and length index of every source, in the order of the recipe."""
+    data = setting.recipe.data
+    remotes = [s for table in (data.sources, data.heldout) for s in table.values() if s.remote]
+    folders = tuple(sorted({Path(source.path) for source in remotes}))
+    cache = ShardCache(folders, data.cache_bytes) if data.cache_bytes else None
     return [
         open_source(
             name,
@@ -274,6 +279,7 @@ def open_sources(setting: Setting, configs: dict[str, SourceConfig]) -> list[Sou
             ),
             weight=config.weight,
             remote=config.remote,
+            cache=cache if config.remote else None,
         )
         for name, config in configs.items()
     ]
@@ -319,9 +325,13 @@ def _loader(setting: Setting, mesh: Mesh, state: TrainState) -> Loader[Batch]:
         micro_batch_packs=recipe.train.micro_batch_packs,
         data_rank=mesh.data,
         data_ranks=mesh.dims.data,
-        workers=recipe.data.workers,
+        workers=Workers(
+            count=recipe.data.workers,
+            prefetch=recipe.data.prefetch,
+            pinned=mesh.device.type == "cuda",
+        ),
         start_step=state.data_step,
-        decode_failures=recipe.data.decode_failures,
+        decode_failures=recipe.data.failure_limits,
     )
 
 
@@ -335,18 +345,27 @@ def _heldout(setting: Setting, mesh: Mesh) -> Iterator[loop.Heldout]:
             _read_heldout,
             plan,
             _assembler(setting, mesh, [source]),
-            packs=packs,
-            micro_batch_packs=micro,
-            data_rank=mesh.data,
-            data_ranks=ranks,
+            mesh,
+            packs,
+            micro,
         )
         reads = mesh.is_first_stage or mesh.is_last_stage
         count = math.ceil(packs / (micro * ranks))
         yield loop.Heldout(source.name, count, batches if reads else None)
 
 
-def _read_heldout(plan: Plan, assembler: Assembler, **numbers: int) -> list[Batch]:
-    return list(heldout_batches(plan, assembler, **numbers))
+def _read_heldout(
+    plan: Plan, assembler: Assembler, mesh: Mesh, packs: int, micro_batch_packs: int
+) -> list[Batch]:
+    batches = heldout_batches(
+        plan,
+        assembler,
+        packs=packs,
+        micro_batch_packs=micro_batch_packs,
+        data_rank=mesh.data,
+        data_ranks=mesh.dims.data,
+    )
+    return list(batches)
 
 
 # --- loop ----------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from mmtrain import log, recipe, run
 from mmtrain.data.assemble import Assembler
 from mmtrain.data.batch import Batch
 from mmtrain.data.document import Document, Modality, Part
-from mmtrain.data.loader import Loader
+from mmtrain.data.loader import Loader, Workers
 from mmtrain.data.mixture import Mixture
 from mmtrain.data.pack import PackPlan, Plan
 from mmtrain.data.rules import Draw, Rule
@@ -200,7 +200,7 @@ def loader_of(setting: run.Setting, workers: int) -> Loader:
         assembler_of(setting, plan, read.data.pack_tokens),
         global_batch_packs=read.train.global_batch_packs,
         micro_batch_packs=read.train.micro_batch_packs,
-        workers=workers,
+        workers=Workers(count=workers),
     )
 
 

@@ -13,15 +13,17 @@ images here, so literal marks harm nothing; the weight is 0 to train as publishe
 T packed tokens   N image slots   Q visual tokens an image   P = N * (Q + 1)
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from mmtrain.data import images
 from mmtrain.data.batch import Batch, BatchInfo, Targets
-from mmtrain.data.document import CHAT, Document, Modality, Part
+from mmtrain.data.document import CHAT, Document, Modality, Part, SampleError
 from mmtrain.data.mixture import Source
 from mmtrain.data.pack import PackPlan, PlannedDocument
 from mmtrain.data.rules import ImagePiece, Selection
@@ -32,6 +34,7 @@ from mmtrain.errors import ContentError
 from mmtrain.nn.flow import CARRY, Flow
 from mmtrain.nn.noise import row_numbers
 
+Item = TypeVar("Item")  # a micro-batch: `Batch`, or what becomes one in the rank
 NO_LABEL = -100
 FIELDS = ("tokens", "positions", "lo", "hi", "labels", "slots", CARRY, "source", "noise")
 TEXT, IMAGE = "text", "image"  # the losses
@@ -39,11 +42,19 @@ TEXT, IMAGE = "text", "image"  # the losses
 
 @dataclass(frozen=True)
 class Failure:
-    """A document that was left out of its pack because a picture of it cannot be decoded."""
+    """A document that was left out of its pack because it cannot be read or decoded."""
 
     source: str
     sample_id: str
     reason: str
+
+
+class Made(NamedTuple, Generic[Item]):
+    """A micro-batch, what was left out of it, and how many documents were planned by source."""
+
+    batch: Item
+    failures: tuple[Failure, ...]
+    planned: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,6 @@ class Pack:
         image_weights: of every image's regression pairs; 0 in conversations.
         pixels: `[3, H, W]` each; empty when pixels are not wanted.
         sample_ids: documents in the pack.
-        documents: documents planned, failures included.
         failures: documents left out.
     """
 
@@ -73,7 +83,6 @@ class Pack:
     image_weights: tuple[float, ...]
     pixels: tuple[Tensor, ...]
     sample_ids: tuple[str, ...]
-    documents: int
     failures: tuple[Failure, ...]
 
 
@@ -98,18 +107,18 @@ class Assembler:
     image_slots: int | None = None
     with_pixels: bool = True
 
-    def batch(self, plans: Sequence[PackPlan]) -> tuple[Batch, tuple[Failure, ...], int]:
-        """One micro-batch of several packs, what failed, and how many documents were planned."""
+    def batch(self, plans: Sequence[PackPlan]) -> Made[Batch]:
+        """One micro-batch of several packs, what failed, and what was planned."""
         packs = [self.pack(plan) for plan in plans]
         failures = tuple(failure for pack in packs for failure in pack.failures)
-        return self.merge(packs), failures, sum(pack.documents for pack in packs)
+        return Made(self.merge(packs), failures, planned_of(plans, self.sources))
 
     def pack(self, plan: PackPlan) -> Pack:
         """Assemble one pack.
 
         Raises:
             ContentError: a document is not what the length index counted.
-            MissingError, StorageError: a shard cannot be had.
+            MissingError, StorageError, ServiceError: a shard cannot be had.
         """
         rows = _padding(self.pack_tokens, self.layout.pad)
         weights, origins = torch.zeros(self.pack_tokens), torch.zeros(self.pack_tokens).long()
@@ -121,12 +130,11 @@ class Assembler:
         start = 0
         for planned in plan.documents:
             stop = start + planned.selection.positions
-            sequence = self.sequence(planned)
             try:
+                sequence = self.sequence(planned)
                 decoded = self._decode(sequence.media)
-            except images.DecodeError as error:
-                name = self.sources[planned.source].name
-                failures.append(Failure(name, planned.sample_id, str(error)))
+            except (SampleError, images.DecodeError) as error:
+                failures.append(failure_of(error, planned, self.sources))
                 start = stop  # its rows stay padding, so the others lie where they were planned
                 continue
             _place(rows, weights, sequence, start, self.layout)
@@ -148,7 +156,6 @@ class Assembler:
             image_weights=tuple(image_weights),
             pixels=tuple(pixels),
             sample_ids=tuple(sample_ids),
-            documents=len(plan.documents),
             failures=tuple(failures),
         )
 
@@ -157,6 +164,7 @@ class Assembler:
 
         Raises:
             ContentError: its length differs from the plan.
+            SampleError: it is malformed.
         """
         document = self.sources[planned.source].documents.document(planned.number)
         sequence = tokenize(document, planned.selection, self.vocabulary, self.layout)
@@ -232,6 +240,20 @@ class Assembler:
         for blob in media:
             images.check(blob)
         return []
+
+
+def failure_of(
+    error: SampleError | images.DecodeError, planned: PlannedDocument, sources: Sequence[Source]
+) -> Failure:
+    """What is counted of a document that failed."""
+    reason = error.reason if isinstance(error, SampleError) else str(error)
+    return Failure(sources[planned.source].name, planned.sample_id, reason)
+
+
+def planned_of(plans: Sequence[PackPlan], sources: Sequence[Source]) -> dict[str, int]:
+    """Documents of some packs by source."""
+    # no Counter: torch pins mappings by `update`, which doubles one
+    return dict(Counter(sources[d.source].name for plan in plans for d in plan.documents))
 
 
 def tokenize(

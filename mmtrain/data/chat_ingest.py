@@ -30,7 +30,7 @@ from mmtrain.data.chat_formats import (
     detect,
 )
 from mmtrain.data.chat_records import Record, read_records
-from mmtrain.data.document import Document, Modality, Part
+from mmtrain.data.document import Document, Modality, Part, text_fault
 from mmtrain.data.rules import spaced
 from mmtrain.data.shards import build_index, refuse_existing, write_shards
 from mmtrain.data.video import read_frames
@@ -238,6 +238,8 @@ def _check_text(conversation: Conversation) -> None:
             raise Broken(
                 Reason.text, f"character {error.start + 1} of {text[:40]!r} is half a character"
             ) from error
+        if fault := text_fault(text):
+            raise Broken(Reason.text, f"{text[:40]!r}: {fault}")
 
 
 def _sound(text: str) -> str:

@@ -1,7 +1,8 @@
 """Encoded images to normalised pixels.
 
 As released for Emu: the picture is squashed to a square with bicubic filtering, no crop, no
-aspect preserved, then normalised with CLIP's mean and standard deviation.
+aspect preserved, then normalised with CLIP's mean and standard deviation. Beyond the release:
+pictures stand upright (EXIF), 16 bits are scaled to 8, what is transparent is white.
 Cost: about 0.1 ms for a 56 px PNG, 4 ms for a 512 px JPEG, on one core.
 """
 
@@ -14,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from mmtrain.data.tokens import SequenceFormat
@@ -24,6 +25,16 @@ FORMATS = ("PNG", "JPEG", "WEBP")  # what a document may hold
 # use and 200 MB as RGB, which every worker can hold; 20,000 x 20,000 would be 1.2 GB of each worker
 MAX_PIXELS = 1 << 26
 TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
+_EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where a turn may be told
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class DecodeError(Exception):
@@ -91,11 +102,25 @@ def stack(images: Sequence[Tensor], slots: int, layout: SequenceFormat) -> Tenso
 
 
 def _open(blob: bytes) -> Image.Image:
+    if not blob:
+        raise DecodeError("empty")
     try:
         with opened(io.BytesIO(blob), FORMATS) as picture:
-            return _flattened(picture)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DecodeError(type(error).__name__) from error
+            return _turned(_flattened(picture), picture)
+    except DecodeError:
+        raise
+    except Exception as error:  # whatever PIL's parsers of foreign bytes stumble over
+        raise DecodeError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """One of a few words for what PIL says in many, with numbers of the sample."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no PNG, JPEG or WebP"
+    if isinstance(error, MemoryError):
+        return "no memory"
+    said = str(error).lower()
+    return "truncated" if "truncated" in said or isinstance(error, EOFError) else "damaged"
 
 
 @contextmanager
@@ -119,8 +144,31 @@ def opened(source: Path | BinaryIO, formats: tuple[str, ...]) -> Iterator[Image.
 
 def _flattened(picture: Image.Image) -> Image.Image:
     """RGB; what is transparent becomes white, not the black that happens to lie under it."""
+    if picture.mode.startswith("I"):
+        return _of_16_bits(picture)
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         layered = picture.convert("RGBA")
         ground = Image.new("RGBA", layered.size, (255, 255, 255, 255))
         return Image.alpha_composite(ground, layered).convert("RGB")
     return picture.convert("RGB")
+
+
+def _of_16_bits(picture: Image.Image) -> Image.Image:
+    """RGB of 16-bit greys; PIL's own conversion clips them at 255, which leaves white alone."""
+    greys = np.asarray(picture).astype(np.int32)
+    narrow = np.clip(greys >> 8, 0, 255).astype(np.uint8)
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int):
+        narrow[greys == clear] = 255
+    return Image.fromarray(narrow).convert("RGB")
+
+
+def _turned(picture: Image.Image, source: Image.Image) -> Image.Image:
+    """`picture` as the camera that took `source` was held."""
+    if not _EXIF & source.info.keys():
+        return picture
+    try:
+        turn = _TURNS.get(source.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged remarks of a picture whose pixels are sound
+        return picture
+    return picture if turn is None else picture.transpose(turn)

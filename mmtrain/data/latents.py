@@ -31,7 +31,8 @@ from torch import Tensor
 from mmtrain.data.fetch import HASH
 from mmtrain.data.images import DecodeError
 from mmtrain.data.mixture import Source
-from mmtrain.data.shards import Rows, open_rows, storage_errors, temporary_folder
+from mmtrain.data.rows import Rows, open_rows
+from mmtrain.data.shards import storage_errors, temporary_folder
 from mmtrain.errors import ContentError, MissingError, StorageError
 
 COLUMNS = {"id": "str", "conditions": "bytes", "latents": "bytes"}

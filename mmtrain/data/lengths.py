@@ -25,6 +25,7 @@ from mmtrain.errors import ContentError, MissingError
 
 FORMAT = 2  # of the stored arrays; 1 knew no conversations and had no `flags`
 MANIFEST = "manifest.json"
+LEFT_OUT = "left out: "  # begins the kind of documents that cannot be used; the reason ends it
 _MODALITIES = (Modality.text, Modality.image, Modality.video)  # code = position
 _ARRAYS = ("ids", "kinds", "offsets", "modalities", "sizes", "matches", "times", "flags")
 _ANSWER, _MARKUP = 1, 2  # bits of a flag
@@ -53,6 +54,16 @@ class Lengths:
     def __len__(self) -> int:
         """Documents."""
         return len(self.arrays["ids"])
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Documents that cannot be used, by reason; they have no parts here."""
+        counts = np.bincount(self.arrays["kinds"], minlength=len(self.kind_names)).tolist()
+        return {
+            name.removeprefix(LEFT_OUT): count
+            for name, count in zip(self.kind_names, counts, strict=True)
+            if name.startswith(LEFT_OUT)
+        }
 
     def document(self, number: int) -> DocumentLengths:
         """Lengths of the document `number` (its place in the shards)."""
