@@ -238,7 +238,7 @@ def _check_text(conversation: Conversation) -> None:
             raise Broken(
                 Reason.text, f"character {error.start + 1} of {text[:40]!r} is half a character"
             ) from error
-        if fault := text_fault(text):
+        if isinstance(part, str) and (fault := text_fault(text)):
             raise Broken(Reason.text, f"{text[:40]!r}: {fault}")
 
 

@@ -25,6 +25,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")  # what a document may hold
 # use and 200 MB as RGB, which every worker can hold; 20,000 x 20,000 would be 1.2 GB of each worker
 MAX_PIXELS = 1 << 26
 TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
+LYING = "more pixels than its bytes can hold"
 _EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where a turn may be told
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -106,11 +107,25 @@ def _open(blob: bytes) -> Image.Image:
         raise DecodeError("empty")
     try:
         with opened(io.BytesIO(blob), FORMATS) as picture:
+            if _is_impossible(picture, len(blob)):
+                raise DecodeError(LYING)
             return _turned(_flattened(picture), picture)
     except DecodeError:
         raise
     except Exception as error:  # whatever PIL's parsers of foreign bytes stumble over
         raise DecodeError(_reason(error)) from error
+
+
+def _is_impossible(picture: Image.Image, size_bytes: int) -> bool:
+    """Whether a header claims more than any file of that size can hold.
+
+    PIL fills up what is missing and says nothing, so a picture of 2 KB could cost a worker 200 MB.
+    deflate makes at most 1,032 bytes of one (zlib's documentation, "maximum compression factor");
+    a JPEG spends a bit on 64 pixels at least.
+    """
+    if picture.format == "PNG":
+        return picture.height * (1 + picture.width // 8) > 1032 * size_bytes
+    return picture.format == "JPEG" and picture.width * picture.height > 512 * size_bytes
 
 
 def _reason(error: Exception) -> str:
@@ -133,6 +148,7 @@ def opened(source: Path | BinaryIO, formats: tuple[str, ...]) -> Iterator[Image.
     """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of remarks; once a picture is too often
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(source, formats=formats) as picture:
                 if picture.width * picture.height > MAX_PIXELS:

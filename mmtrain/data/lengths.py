@@ -154,6 +154,10 @@ def _record(path: Path) -> dict[str, Any]:
     return {"bytes": len(content), HASH: get_hash(HASH, content)}
 
 
+def _expected(name: str, record: dict[str, Any]) -> ExpectedFile:
+    return ExpectedFile(f"{name}.npy", int(record["bytes"]), {HASH: str(record[HASH])})
+
+
 def load(folder: Folder, *, fingerprint: str, dataset: str, advice: str) -> Lengths:
     """Map an index written by `save`, fetched when its folder is remote.
 
@@ -175,8 +179,10 @@ def load(folder: Folder, *, fingerprint: str, dataset: str, advice: str) -> Leng
         manifest = json.loads(path.read_text())
         found = (manifest["format"], manifest["tokenizer"], manifest["dataset"])
         stored = [name for name in _ARRAYS if f"{name}.npy" in manifest["files"]]
-        records = {name: manifest["files"][f"{name}.npy"] for name in stored}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        records = {name: _expected(name, manifest["files"][f"{name}.npy"]) for name in stored}
+        sizes = tuple(int(size) for size in manifest["shard_sizes"])
+        kinds = tuple(str(kind) for kind in manifest["kinds"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ContentError(f"{path} is damaged ({error!r}); {advice}") from error
     names = ("index format", "tokenizer fingerprint", "hash of index.json")
     wanted = (FORMAT, fingerprint, dataset)
@@ -186,16 +192,17 @@ def load(folder: Folder, *, fingerprint: str, dataset: str, advice: str) -> Leng
     if lacking := set(_ARRAYS if found[0] == FORMAT else _ARRAYS[:-1]) - set(records):
         raise ContentError(f"{path} is damaged (it names no {sorted(lacking)}); {advice}")
     arrays = {}
-    for name, record in records.items():
-        expected = ExpectedFile(f"{name}.npy", record["bytes"], {HASH: record[HASH]})
+    for name, expected in records.items():
         try:
             path = folder.ensure(expected)
         except ContentError as error:
             raise ContentError(f"{error}; {advice}") from error
         # small arrays are read whole: a run may outlive the folder it was started from
-        mapping: Literal["r"] | None = "r" if record["bytes"] > 1 << 20 else None
+        mapping: Literal["r"] | None = "r" if (expected.size_bytes or 0) > 1 << 20 else None
         arrays[name] = np.load(path, mmap_mode=mapping, allow_pickle=False)
     if "flags" not in arrays:
         arrays["flags"] = np.zeros(len(arrays["modalities"]), np.uint8)
-    sizes, kinds = tuple(manifest["shard_sizes"]), tuple(manifest["kinds"])
+    codes = arrays["kinds"]
+    if sum(sizes) != len(codes) or (len(codes) and int(codes.max()) >= len(kinds)):
+        raise ContentError(f"{folder.local / MANIFEST} is damaged (other documents); {advice}")
     return Lengths(fingerprint, dataset, sizes, kinds, arrays)

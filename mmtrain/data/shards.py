@@ -268,9 +268,12 @@ def load_lengths(shards: Shards, vocabulary: Vocabulary) -> Lengths:
         cache=None,
         remote=None if folder.remote is None else f"{folder.remote}/{name}",
     )
-    return length_index.load(
+    lengths = length_index.load(
         index, fingerprint=vocabulary.fingerprint, dataset=shards.dataset, advice=advice
     )
+    if lengths.shard_sizes != shards.shard_sizes:
+        raise ContentError(f"{index.local} is damaged: it counts other shards; {advice}")
+    return lengths
 
 
 def _report(folder: Path, lengths: Lengths) -> IndexReport:
