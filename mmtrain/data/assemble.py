@@ -26,16 +26,15 @@ from mmtrain.data.batch import Batch, BatchInfo, Targets
 from mmtrain.data.document import CHAT, Document, Modality, Part, SampleError
 from mmtrain.data.mixture import Source
 from mmtrain.data.pack import PackPlan, PlannedDocument
+from mmtrain.data.packed import PackedRows, Placed, image_rows, lay_out
 from mmtrain.data.rules import ImagePiece, Selection
 from mmtrain.data.sequence import InterleavedSequence, Span
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary
 from mmtrain.errors import ContentError
 from mmtrain.nn.flow import CARRY, Flow
-from mmtrain.nn.noise import row_numbers
 
 Item = TypeVar("Item")  # a micro-batch: `Batch`, or what becomes one in the rank
-NO_LABEL = -100
 FIELDS = ("tokens", "positions", "lo", "hi", "labels", "slots", CARRY, "source", "noise")
 TEXT, IMAGE = "text", "image"  # the losses
 
@@ -63,21 +62,17 @@ class Pack:
 
     Attributes:
         number: of the plan.
-        rows: int64 `[T]` each: tokens, positions, lo, hi, labels, noise.
-        weights_T: float32, 1 where a label counts.
-        origins_T: int64, source of each row (0 in padding).
+        rows: tokens, positions, masks, labels and their weights.
         begins: row of every image's begin token, in order.
         image_origins: source of every image.
         image_weights: of every image's regression pairs; 0 in conversations.
-        pixels: `[3, H, W]` each; empty when pixels are not wanted.
+        pixels: uint8 `[3, H, W]` each; empty when pixels are not wanted.
         sample_ids: documents in the pack.
         failures: documents left out.
     """
 
     number: int
-    rows: dict[str, Tensor]
-    weights_T: Tensor
-    origins_T: Tensor
+    rows: PackedRows
     begins: tuple[int, ...]
     image_origins: tuple[int, ...]
     image_weights: tuple[float, ...]
@@ -120,8 +115,7 @@ class Assembler:
             ContentError: a document is not what the length index counted.
             MissingError, StorageError, ServiceError: a shard cannot be had.
         """
-        rows = _padding(self.pack_tokens, self.layout.pad)
-        weights, origins = torch.zeros(self.pack_tokens), torch.zeros(self.pack_tokens).long()
+        placed: list[Placed] = []
         begins: list[int] = []
         image_origins: list[int] = []
         image_weights: list[float] = []
@@ -129,28 +123,24 @@ class Assembler:
         sample_ids, failures = [], []
         start = 0
         for planned in plan.documents:
-            stop = start + planned.selection.positions
+            first = start
+            start += planned.selection.positions
             try:
                 sequence = self.sequence(planned)
                 decoded = self._decode(sequence.media)
             except (SampleError, images.DecodeError) as error:
+                # its rows stay padding, so the others lie where they were planned
                 failures.append(failure_of(error, planned, self.sources))
-                start = stop  # its rows stay padding, so the others lie where they were planned
                 continue
-            _place(rows, weights, sequence, start, self.layout)
-            rows["noise"][start:stop] = row_numbers(planned.noise, stop - start)
-            origins[start:stop] = planned.source
-            begins += [start + span.start for span in sequence.spans]
+            placed.append(Placed(first, sequence, planned.source, planned.noise))
+            begins += [first + span.start for span in sequence.spans]
             image_origins += [planned.source] * len(sequence.spans)
             image_weights += [sequence.image_weight] * len(sequence.spans)
             pixels += decoded
             sample_ids.append(planned.sample_id)
-            start = stop
         return Pack(
             number=plan.number,
-            rows=rows,
-            weights_T=weights,
-            origins_T=origins,
+            rows=lay_out(placed, self.pack_tokens, self.layout),
             begins=tuple(begins),
             image_origins=tuple(image_origins),
             image_weights=tuple(image_weights),
@@ -185,11 +175,11 @@ class Assembler:
         total = self.pack_tokens * len(packs)
         starts = [index * self.pack_tokens for index in range(len(packs))]
         fields = {
-            name: torch.cat([pack.rows[name] for pack in packs])
+            name: torch.cat([pack.rows.fields[name] for pack in packs])
             for name in ("tokens", "positions", "labels", "noise")
         }
         for name in ("lo", "hi"):
-            shifted = [pack.rows[name] + at for pack, at in zip(packs, starts, strict=True)]
+            shifted = [pack.rows.fields[name] + at for pack, at in zip(packs, starts, strict=True)]
             fields[name] = torch.cat(shifted)
         begins = [at + b for pack, at in zip(packs, starts, strict=True) for b in pack.begins]
         slots = self._slots(len(begins))
@@ -207,11 +197,11 @@ class Assembler:
             inputs=Flow(hidden, {name: fields[name] for name in FIELDS}),
             targets=Targets(
                 weights={
-                    TEXT: torch.cat([pack.weights_T for pack in packs]),
+                    TEXT: torch.cat([pack.rows.weights_T for pack in packs]),
                     IMAGE: weights.repeat_interleave(pairs),
                 },
                 origins={
-                    TEXT: torch.cat([pack.origins_T for pack in packs]),
+                    TEXT: torch.cat([pack.rows.origins_T for pack in packs]),
                     IMAGE: padded.repeat_interleave(pairs),
                 },
             ),
@@ -236,7 +226,7 @@ class Assembler:
 
     def _decode(self, media: Sequence[bytes]) -> list[Tensor]:
         if self.with_pixels:
-            return [images.decode(blob, self.layout) for blob in media]
+            return [images.pixels_of(blob, self.layout.image_size) for blob in media]
         for blob in media:
             images.check(blob)
         return []
@@ -310,70 +300,3 @@ def prompt_tokens(
             tokens += image_group(layout) * len(part.media)
             media += part.media
     return tokens, media
-
-
-def labels_of(tokens_T: Tensor, layout: SequenceFormat) -> Tensor:
-    """Next-token targets of one document; -100 where the next token is none to learn."""
-    untrained = [layout.pad, layout.image_slot, layout.image_end]
-    if not layout.learns_image_begin:
-        untrained.append(layout.image_begin)
-    following = torch.cat([tokens_T[1:], tokens_T.new_tensor([layout.pad])])
-    return torch.where(torch.isin(following, torch.tensor(untrained)), NO_LABEL, following)
-
-
-def image_rows(
-    begins: Sequence[int], slots: int, visual_tokens: int, total: int
-) -> dict[str, Tensor]:
-    """Rows of visual tokens and regression pairs.
-
-    Args:
-        begins: row of each image's begin token.
-        slots: N, at least `len(begins)`.
-        visual_tokens: Q.
-        total: T; what the slots of dummy images point to.
-
-    Returns:
-        `slots` `[N * Q]`, `carry` (targets) and `source` `[N * (Q + 1)]`, int64.
-    """
-    begin = torch.tensor(begins, dtype=torch.int64).view(-1, 1)
-    dummies = slots - len(begins)
-    rows = begin + 1 + torch.arange(visual_tokens)
-    sources = begin + torch.arange(visual_tokens + 1)
-    pairs = torch.zeros(dummies * (visual_tokens + 1), dtype=torch.int64)
-    return {
-        "slots": torch.cat([rows.flatten(), torch.full((dummies * visual_tokens,), total)]),
-        CARRY: torch.cat([sources.flatten() + 1, pairs]),
-        "source": torch.cat([sources.flatten(), pairs]),
-    }
-
-
-def _padding(length: int, pad: int) -> dict[str, Tensor]:
-    row = torch.arange(length)
-    return {
-        "tokens": torch.full((length,), pad),
-        "positions": torch.zeros(length, dtype=torch.int64),
-        "lo": row.clone(),
-        "hi": row + 1,
-        "labels": torch.full((length,), NO_LABEL),
-        "noise": torch.zeros(length, dtype=torch.int64),
-    }
-
-
-def _place(
-    rows: dict[str, Tensor],
-    weights_T: Tensor,
-    sequence: InterleavedSequence,
-    start: int,
-    layout: SequenceFormat,
-) -> None:
-    """Write a document into its rows of the pack."""
-    length = len(sequence.tokens_T)
-    stop = start + length
-    labels = labels_of(sequence.tokens_T, layout)
-    rows["tokens"][start:stop] = sequence.tokens_T
-    rows["positions"][start:stop] = torch.arange(length)
-    rows["lo"][start:stop] = start  # causal inside the document; hi = row + 1 holds already
-    rows["labels"][start:stop] = labels
-    # a label's weight is that of the token it names
-    following = torch.cat([sequence.weights_T[1:], torch.zeros(1)])
-    weights_T[start:stop] = torch.where(labels == NO_LABEL, 0.0, following)
