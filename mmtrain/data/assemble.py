@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -270,10 +271,11 @@ def tokenize(
             tokens += encoded[piece.part][piece.start : piece.stop]
         weights += [weight] * (len(tokens) - len(weights))
     return InterleavedSequence(
-        tokens_T=torch.tensor([*tokens, layout.eos]),
+        tokens_T=torch.from_numpy(np.array([*tokens, layout.eos], np.int64)),  # a fifth of `tensor`
         spans=tuple(spans),
         media=tuple(media),
-        weights_T=torch.tensor([*weights, weight]),  # </s> closes what stands before it
+        # </s> closes what stands before it
+        weights_T=torch.from_numpy(np.array([*weights, weight], np.float32)),
         sample_id=document.sample_id,
         image_weight=0.0 if chat else 1.0,
     )

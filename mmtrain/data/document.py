@@ -202,8 +202,10 @@ def _from_row(row: Mapping[str, Any]) -> Document:
         raise TypeError("`parts` must be a list and `meta` an object")
     parts, offset = [], 0
     for entry in entries:
+        if not isinstance(entry, dict):
+            raise TypeError(f"a part is {type(entry).__name__}, no object")
         blobs = []
-        for size in _checked(entry, "sizes", list, []):
+        for size in _checked(entry, "sizes", list, ()):
             blobs.append(media[offset : offset + size])
             if len(blobs[-1]) != size:
                 raise ValueError(f"an image of {size} bytes, {len(media) - offset} are left")
@@ -223,9 +225,7 @@ def _from_row(row: Mapping[str, Any]) -> Document:
     return Document(sample_id=row["id"], kind=row["kind"], parts=tuple(parts), meta=meta)
 
 
-def _checked(entry: Any, key: str, kinds: type | tuple[type, ...], default: Any) -> Any:
-    if not isinstance(entry, dict):
-        raise TypeError(f"a part is {type(entry).__name__}, no object")
+def _checked(entry: dict[str, Any], key: str, kinds: type | tuple[type, ...], default: Any) -> Any:
     found = entry.get(key)
     if found is None:
         return default

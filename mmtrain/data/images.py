@@ -102,7 +102,7 @@ def stack(pixels: Sequence[Tensor], slots: int, layout: SequenceFormat) -> Tenso
     mean = torch.tensor(layout.image_mean).view(3, 1, 1)
     std = torch.tensor(layout.image_std).view(3, 1, 1)
     for slot, bytes_3HW in zip(out, pixels, strict=False):
-        slot.copy_(bytes_3HW).div_(255.0).sub_(mean).div_(std)
+        torch.div(bytes_3HW, 255.0, out=slot).sub_(mean).div_(std)
     out[len(pixels) :] = 0
     return out
 

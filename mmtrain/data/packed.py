@@ -60,7 +60,7 @@ def lay_out(placed: Sequence[Placed], length: int, layout: SequenceFormat) -> Pa
     if not placed:
         return packed
     tokens_R = torch.cat([item.sequence.tokens_T for item in placed])
-    facts = [(p.start, len(p.sequence.tokens_T), p.source, p.noise) for p in placed]
+    facts = [(p.start, p.sequence.tokens_T.shape[0], p.source, p.noise) for p in placed]
     starts, lengths, sources, seeds = torch.tensor(facts).unbind(1)
     ends = lengths.cumsum(0)
     document_R = torch.repeat_interleave(lengths)
