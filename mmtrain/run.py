@@ -1,7 +1,7 @@
 """From a recipe to a running job, in one visible order.
 
 dims -> mesh -> layers -> stage bounds -> this rank's modules -> optimizer -> engine -> data
--> restore -> loop. Also what is done with a run afterwards: look at its data, export it.
+-> restore -> loop.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ from mmtrain.data.sources import open_source
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.decoder.conditions import Samples
-from mmtrain.decoder.job import DecoderJob, look_at_pairs
-from mmtrain.errors import ExitCode, MmtrainError, StorageError
+from mmtrain.decoder.job import DecoderJob
+from mmtrain.errors import MmtrainError, StorageError
 from mmtrain.evaluate import session
 from mmtrain.facts import Facts, collect, positions_of_a_pack
 from mmtrain.initial import initial_weights
@@ -480,34 +480,3 @@ def _reporter(setting: Setting, mesh: Mesh, state: TrainState) -> Reporter:
     )
     names = list(recipe.data.sources)
     return Reporter(setting.folder, recipe.train.steps, state, names, work)
-
-
-# --- afterwards ----------------------------------------------------------------------------
-
-
-def look(recipe: Recipe, packs: int, out: Path) -> int:
-    """Draw the first packs of a recipe as PNG pictures into `out`."""
-    setting = read_setting(recipe)
-    sources = open_sources(setting, recipe.data.sources)
-    mixture = Mixture(sources, seed=recipe.seed, shuffle=recipe.data.shuffle)
-    out.mkdir(parents=True, exist_ok=True)
-    if recipe.phase is Phase.decoder:
-        samples = Samples(recipe, setting.vocabulary, setting.layout, torch.device("cpu"))
-        return look_at_pairs(samples, mixture, packs, out)
-    plan = make_plan(setting, mixture)
-    assembler = Assembler(
-        sources=sources,
-        vocabulary=setting.vocabulary,
-        layout=setting.layout,
-        pack_tokens=recipe.data.pack_tokens,
-    )
-    for number in range(packs):
-        batch, failures, _ = assembler.batch([plan.pack(number)])
-        path = out / f"pack-{number:05d}.png"
-        draw_pack(batch, setting.vocabulary, setting.layout).save(path)
-        fill = batch.info.tokens / recipe.data.pack_tokens
-        print(
-            f"{path}: {len(batch.info.sample_ids)} documents, {batch.info.images} images, "
-            f"{batch.info.tokens} tokens (fill {fill:.2f}), {len(failures)} left out"
-        )
-    return ExitCode.DONE
