@@ -401,7 +401,7 @@ def circumstances(load_before: float) -> str:
         f"{date.today()}; {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, "
         f"load average {load_before:.2f} before the start; Python {platform.python_version()}, "
         f"{found}; attention of transformers: sdpa; float32.\n\n"
-        f"    python {shlex.join(['tools/bench_cpu.py', *sys.argv[1:]])}\n"
+        f"    python {shlex.join([f'tools/{Path(sys.argv[0]).name}', *sys.argv[1:]])}\n"
     )
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmtrain.data.assemble import Failure, Item, Made
 from mmtrain.data.pack import Mark, PackPlan, Plan
-from mmtrain.errors import ContentError, Problem, RecipeError, StorageError
+from mmtrain.errors import ContentError, MmtrainError, Problem, RecipeError, StorageError
 from mmtrain.process import become_worker, kill_workers_at_exit
 
 log = logging.getLogger(__name__)
@@ -51,14 +51,20 @@ class Workers:
     timeout_seconds: float = 120.0
 
 
-class _Bench(Dataset[Made[Item]], Generic[Item]):
-    """What a worker process does: packs in, micro-batch out."""
+_Outcome = Made[Item] | MmtrainError
+
+
+class _Bench(Dataset[_Outcome[Item]], Generic[Item]):
+    """What a worker process does: packs in, micro-batch out, or why there is none."""
 
     def __init__(self, assembler: Assembles[Item]) -> None:
         self._assembler = assembler
 
-    def __getitem__(self, work: _Work) -> Made[Item]:
-        return self._assembler.batch(work)
+    def __getitem__(self, work: _Work) -> _Outcome[Item]:
+        try:
+            return self._assembler.batch(work)
+        except MmtrainError as error:
+            return error  # raised in the rank: torch would make its message a traceback
 
 
 class Loader(Generic[Item]):
@@ -114,7 +120,7 @@ class Loader(Generic[Item]):
         if not isinstance(limits, Mapping):
             limits = dict.fromkeys(plan.source_names, limits)
         self._limits = limits
-        self._results: Iterator[Made[Item]] | None = None
+        self._results: Iterator[_Outcome[Item]] | None = None
 
     @property
     def micro_batches(self) -> int:
@@ -157,7 +163,7 @@ class Loader(Generic[Item]):
         """End the worker processes."""
         self._results = None
 
-    def _start(self, step: int) -> Iterator[Made[Item]]:
+    def _start(self, step: int) -> Iterator[_Outcome[Item]]:
         return _results(self.assembler, self._work(step), self._workers)
 
     def _work(self, step: int) -> Iterator[_Work]:
@@ -240,10 +246,10 @@ def heldout_batches(
         yield made.batch
 
 
-def _take(results: Iterator[Made[Item]]) -> Made[Item]:
+def _take(results: Iterator[_Outcome[Item]]) -> Made[Item]:
     """The next result; a worker that died or hangs is a fault of the machine, worth a retry."""
     try:
-        return next(results)
+        result = next(results)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader"):  # torch 2.15: both messages begin so
             raise
@@ -252,11 +258,14 @@ def _take(results: Iterator[Made[Item]]) -> Made[Item]:
         raise StorageError(
             f"a data worker is gone, or a file cannot be read: {type(error).__name__}: {error}"
         ) from error
+    if isinstance(result, MmtrainError):
+        raise result
+    return result
 
 
 def _results(
     assembler: Assembles[Item], work: Iterator[_Work], workers: Workers
-) -> Iterator[Made[Item]]:
+) -> Iterator[_Outcome[Item]]:
     if workers.count:
         kill_workers_at_exit()
     loader: DataLoader[Any] = DataLoader(

@@ -132,7 +132,7 @@ class _Plain:
 
     names: tuple[str, ...]
     are_text: tuple[bool, ...]
-    sizes: struct.Struct
+    sizes: str  # format of `struct`
 
     @classmethod
     def of(cls, readers: list[Any]) -> "_Plain | None":
@@ -142,13 +142,13 @@ class _Plain:
             return None
         encodings = readers[0].column_encodings
         texts = tuple(encoding == "str" for encoding in encodings)
-        return cls(tuple(readers[0].column_names), texts, struct.Struct(f"<{len(texts)}I"))
+        return cls(tuple(readers[0].column_names), texts, f"<{len(texts)}I")
 
     def row(self, data: bytes) -> dict[str, Any]:
         """A row: the sizes of its columns, then the columns."""
-        begin, row = self.sizes.size, {}
+        begin, row = struct.calcsize(self.sizes), {}
         try:
-            sizes = self.sizes.unpack_from(data)
+            sizes = struct.unpack_from(self.sizes, data)
         except struct.error as error:
             raise ValueError(str(error)) from error
         for name, is_text, size in zip(self.names, self.are_text, sizes, strict=True):

@@ -2,6 +2,10 @@
 
 import json
 import os
+import pickle
+import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +20,18 @@ import pytest
 from made import document, png
 
 from mmtrain.data import download
+from mmtrain.data.assemble import Assembler
 from mmtrain.data.cache import ShardCache
 from mmtrain.data.document import Document
 from mmtrain.data.fetch import INDEX, ExpectedFile, Folder
-from mmtrain.data.shards import Shards, write_shards
+from mmtrain.data.lengths import collect
+from mmtrain.data.loader import Loader, Workers
+from mmtrain.data.mixture import Mixture, Source
+from mmtrain.data.pack import Plan
+from mmtrain.data.rules import Rule, RuleOptions
+from mmtrain.data.shards import Shards, count, write_shards
+from mmtrain.data.tokens import SequenceFormat
+from mmtrain.data.vocabulary import Vocabulary
 from mmtrain.errors import (
     ContentError,
     MissingError,
@@ -308,8 +320,6 @@ def test_a_bound_below_one_shard_is_a_fault_of_the_recipe(tmp_path: Path, datase
 
 
 def _read_at_random(cache: Path, remote: str, bound: ShardCache, seed: int, outcome: Any) -> None:
-    import random
-
     shards, draw = Shards(quick(cache, remote, bound)), random.Random(seed)
     wrong = 0
     for _ in range(60):
@@ -336,8 +346,6 @@ def test_many_processes_share_a_bounded_cache(tmp_path: Path, dataset: Path) -> 
 
 
 def test_open_shards_do_not_travel_to_other_processes(tmp_path: Path, dataset: Path) -> None:
-    import pickle
-
     shards = Shards(quick(tmp_path, str(dataset)))
     shards.document(0)
     again = pickle.loads(pickle.dumps(shards))
@@ -370,3 +378,73 @@ def test_a_table_of_rows_that_lies_is_found(tmp_path: Path, dataset: Path) -> No
         shard.write_bytes(content[:8] + change + content[12:])
         with pytest.raises(ContentError, match="its table of rows is none of"):
             Shards(Folder(local=path)).document(0)
+
+
+@pytest.mark.slow
+def test_a_service_that_hangs_ends_every_rank_within_a_minute(
+    tmp_path: Path, shapes: Path, repository: Path
+) -> None:
+    """Two ranks with a worker each; the index comes, the shards never do."""
+    service = Service(shapes / "captions")
+    service.answers = [lambda handler, content: time.sleep(100)] * 99
+    others = [f"data.sources.{n}.path={shapes / n}" for n in ("pages", "clips", "boards", "text")]
+    captions = f"data.sources.captions.path={tmp_path}/cache"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [
+            *launcher,
+            *("-m", "mmtrain", "train", str(repository / "configs/emu/tiny.yaml")),
+            *(f"data.tokenizer={shapes}/tokenizer", *others, captions, "data.workers=1"),
+            *(f"data.sources.captions.remote={service.address}", "name=run"),
+            *(f"output={tmp_path}", "train.steps=6"),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    service.server.shutdown()
+    assert done.returncode
+    verdict = json.loads((tmp_path / "run/verdict.json").read_text())
+    assert verdict["exit_code"] == 75 and "failed 3 times in" in verdict["reason"]
+    assert "Traceback (most recent call last):\n  File" not in verdict["reason"]
+    ends = [line for line in done.stderr.splitlines() if line.startswith("mmtrain: rank")]
+    assert len(ends) == 2, done.stderr[-3000:]
+    log = (tmp_path / "run/log.txt").read_text().splitlines()
+    begun = next(line[:8] for line in log if "step 1 begins" in line)
+    started = sum(60**n * int(x) for n, x in enumerate(reversed(begun.split(":"))))
+    ended = verdict["time"].partition("T")[2][:8]
+    finished = sum(60**n * int(x) for n, x in enumerate(reversed(ended.split(":"))))
+    assert (finished - started) % 86400 < 60
+
+
+def test_a_fault_reaches_the_rank_from_its_worker_in_one_line(
+    tmp_path: Path, service: Service, vocabulary: Vocabulary, layout: SequenceFormat
+) -> None:
+    service.answers = [fails] * 9
+    lengths = [count(item, vocabulary) for item in DOCUMENTS]
+    shards = Shards(quick(tmp_path, service.address))
+    source = Source(
+        name="pages",
+        lengths=collect(lengths, fingerprint="f", dataset="d", shard_sizes=shards.shard_sizes),
+        documents=shards,
+        options=RuleOptions(rule=Rule.document, max_positions=64),
+    )
+    plan = Plan(
+        Mixture([source], seed=0),
+        group_length=layout.group_length,
+        pack_tokens=64,
+        pack_images=8,
+        window_documents=24,
+        seed=0,
+    )
+    loader = Loader(
+        plan,
+        Assembler(sources=[source], vocabulary=vocabulary, layout=layout, pack_tokens=64),
+        global_batch_packs=1,
+        micro_batch_packs=1,
+        workers=Workers(count=1),
+    )
+    with pytest.raises(ServiceError, match=r"^http://[^\n]* failed 3 times in [^\n]*$"):
+        loader.step(0)
+    loader.close()
