@@ -25,3 +25,22 @@ def test_one_run_measures_steps_packing_and_loader(repository: Path, tmp_path: P
     rows = [[line for line in part.splitlines() if line.startswith("| ")] for part in sections[1:]]
     assert [len(found) - 2 for found in rows] == [2, 2, 3]  # without head and rule
     assert not list(tmp_path.iterdir())  # its data are gone
+
+
+def test_the_reader_is_measured_against_pillow_and_what_is_installed(
+    repository: Path, tmp_path: Path
+) -> None:
+    few = ["--documents", "6", "--rounds", "1", "--sides", "64"]
+    done = subprocess.run(
+        [sys.executable, "tools/bench_data.py", *few],
+        cwd=repository,
+        env=os.environ | {"TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "python tools/bench_data.py --documents 6" in done.stdout
+    rows = [line.split(" | ")[1] for line in done.stdout.splitlines() if line.startswith("| 64 px")]
+    assert rows[:3] == ["mmtrain", "Pillow, resized", "Pillow, decoded"]
+    assert not list(tmp_path.iterdir())
