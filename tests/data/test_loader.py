@@ -282,3 +282,21 @@ def test_held_out_packs_come_once_and_every_rank_gets_as_many(
     assert len(samples) == len(set(samples)) == len(source.lengths)
     some = heldout_batches(plan, assembler, packs=2, micro_batch_packs=micro)
     assert sum(bool(batch.info.sample_ids) for batch in some) == -(-2 // micro)
+
+
+def test_what_torch_pins_is_the_same_batch_and_the_same_counts(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU nothing can be pinned, so a copy stands for it."""
+    loader = make()
+    made = loader.assembler.batch([loader.plan.pack(0)])
+    pinned: list[Tensor] = []
+
+    def copy(tensor: Tensor, *_: object) -> Tensor:
+        pinned.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(Tensor, "pin_memory", copy)
+    found = torch.utils.data._utils.pin_memory.pin_memory(made)
+    assert same(found.batch, made.batch) and found.planned == made.planned
+    assert any(tensor is made.batch.inputs.hidden for tensor in pinned)
