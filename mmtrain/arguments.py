@@ -4,6 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from mmtrain.data.rules import Rule
+
+_RULES = tuple(rule.name for rule in Rule)
+
 
 def recipe(
     parser: argparse.ArgumentParser, name: str = "RECIPE", what: str = "the YAML of the run"
@@ -65,11 +69,26 @@ def ingest(parser: argparse.ArgumentParser) -> None:
 
 def look(parser: argparse.ArgumentParser) -> None:
     """Of `mmtrain data look`."""
-    recipe(parser)
-    parser.add_argument(
-        "--packs", type=_positive, default=4, metavar="N", help="default: %(default)s"
-    )
+    recipe(parser, "RECIPE|SHARDS", "the YAML of a run, or a folder of MDS shards")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the PNGs")
+    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="show it there too")
+    parser.add_argument(
+        "--packs", type=_positive, default=4, metavar="N", help="of a recipe; default: %(default)s"
+    )
+    group = parser.add_argument_group("of a folder of shards")
+    add = group.add_argument
+    add("--tokenizer", type=Path, metavar="DIR", help="a Hugging Face folder")
+    add("--rule", type=_rule, default=Rule.document, metavar="RULE", help=", ".join(_RULES))
+    for name, default, what in (
+        ("documents", 16, "that are drawn"),
+        ("max-tokens", 1024, "positions a sequence may take"),
+        ("max-images", 5, "images a sequence keeps"),
+        ("visual-tokens", 32, "positions of an image"),
+        ("image-size", 224, "pixels a side that the model sees"),
+    ):
+        add(f"--{name}", type=_positive, default=default, metavar="N", help=f"{what}; {default}")
+    add("--image-first", type=float, default=0.5, metavar="P", help="of an image before its text")
+    add("--seed", type=int, default=0, metavar="S", help="of the rule's choices")
 
 
 def run(parser: argparse.ArgumentParser) -> None:
@@ -253,6 +272,12 @@ def slurm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print", action="store_true", help="write the script to the terminal, submit nothing"
     )
+
+
+def _rule(word: str) -> Rule:
+    if word not in _RULES:
+        raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(_RULES)}")
+    return Rule[word]
 
 
 def _positive(word: str) -> int:

@@ -178,6 +178,8 @@ def _data_index(arguments: Arguments) -> int:
         f"{report.documents:,} documents, {report.text_tokens:,} text tokens, "
         f"{report.images:,} images: {report.folder}"
     )
+    for reason, count in report.left_out.items():
+        print(f"{count:,} documents left out: {reason}")
     return ExitCode.DONE
 
 
@@ -203,10 +205,21 @@ def _data_ingest(arguments: Arguments) -> int:
 
 
 def _data_look(arguments: Arguments) -> int:
-    from mmtrain.recipe import load
-    from mmtrain.run import look
+    given = vars(arguments)
+    out, board = arguments.out, arguments.tensorboard
+    if arguments.recipe.is_dir():
+        from mmtrain.data.look import View, look_at_shards
 
-    return look(load(arguments.recipe, arguments.overrides), arguments.packs, arguments.out)
+        if arguments.overrides:
+            arguments.parser.error("KEY=VALUE goes with a recipe, not with a folder of shards")
+        if arguments.tokenizer is None:
+            arguments.parser.error("a folder of shards needs --tokenizer DIR")
+        view = View(**{field.name: given[field.name] for field in fields(View)})
+        return look_at_shards(arguments.recipe, view, out, board)
+    from mmtrain.look import look
+    from mmtrain.recipe import load
+
+    return look(load(arguments.recipe, arguments.overrides), arguments.packs, out, board)
 
 
 def _sample(arguments: Arguments) -> int:
@@ -273,7 +286,7 @@ COMMANDS = (
     Command("data shapes", "write demo data: coloured shapes", takes.shapes, _data_shapes),
     Command("data index", "count tokens and images of shards", takes.index, _data_index),
     Command("data ingest", "other people's formats as shards", takes.ingest, _data_ingest, _INGEST),
-    Command("data look", "draw packs of a recipe as pictures", takes.look, _data_look),
+    Command("data look", "draw packs of a recipe, or documents", takes.look, _data_look),
     Command("sample", "write text and images with a run", takes.sample, _sample),
     Command("evaluate", "ask a run the tasks of its recipe", takes.evaluate, _evaluate),
     Command("convert", "export weights: full tensors, or another form", takes.convert, _convert),

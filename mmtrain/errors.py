@@ -73,6 +73,12 @@ class StorageError(MmtrainError):
     exit_code = ExitCode.STORAGE
 
 
+class ServiceError(MmtrainError):
+    """A service (object storage, a web server) failed or cannot be reached; worth a retry."""
+
+    exit_code = ExitCode.PEER
+
+
 class NumbersError(MmtrainError):
     """Losses or gradients stay non-finite; the last good checkpoint is whole."""
 

@@ -28,7 +28,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("data.pack_images", 1, math.inf),
     ("data.window_documents", 1, math.inf),
     ("data.workers", 0, math.inf),
+    ("data.prefetch", 1, math.inf),
     ("data.decode_failures", 0, 1),
+    ("data.cache_bytes", 0, math.inf),
     ("optimizer.learning_rate", 0, math.inf),
     ("optimizer.weight_decay", 0, math.inf),
     ("optimizer.clip_norm", 0, math.inf),
@@ -304,6 +306,10 @@ def _sources(recipe: Recipe) -> Iterator[Problem]:
         if not source.weight > 0:
             yield Problem(
                 f"{place}.weight", f"found {source.weight}; allowed: above 0; null removes {place}"
+            )
+        if not 0 <= (source.decode_failures or 0) <= 1:
+            yield Problem(
+                f"{place}.decode_failures", f"found {source.decode_failures}; allowed: 0 to 1"
             )
         if not 0 <= source.image_first <= 1:
             yield Problem(f"{place}.image_first", f"found {source.image_first}; allowed: 0 to 1")

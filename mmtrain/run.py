@@ -1,7 +1,7 @@
 """From a recipe to a running job, in one visible order.
 
 dims -> mesh -> layers -> stage bounds -> this rank's modules -> optimizer -> engine -> data
--> restore -> loop. Also what is done with a run afterwards: look at its data, export it.
+-> restore -> loop.
 """
 
 import hashlib
@@ -23,7 +23,8 @@ from mmtrain import recipe as recipes
 from mmtrain.checkpoint import store
 from mmtrain.data.assemble import Assembler
 from mmtrain.data.batch import Batch
-from mmtrain.data.loader import Loader, heldout_batches
+from mmtrain.data.cache import ShardCache
+from mmtrain.data.loader import Loader, Workers, heldout_batches
 from mmtrain.data.mixture import Mixture, OnePass, Source
 from mmtrain.data.pack import Mark, Plan
 from mmtrain.data.picture import draw_pack
@@ -32,8 +33,8 @@ from mmtrain.data.sources import open_source
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.decoder.conditions import Samples
-from mmtrain.decoder.job import DecoderJob, look_at_pairs
-from mmtrain.errors import ExitCode, MmtrainError, StorageError
+from mmtrain.decoder.job import DecoderJob
+from mmtrain.errors import MmtrainError, StorageError
 from mmtrain.evaluate import session
 from mmtrain.facts import Facts, collect, positions_of_a_pack
 from mmtrain.initial import initial_weights
@@ -261,6 +262,10 @@ def _accumulation(recipe: Recipe, dims: ParallelDims) -> int:
 
 def open_sources(setting: Setting, configs: dict[str, SourceConfig]) -> list[Source]:
     """Shards and length index of every source, in the order of the recipe."""
+    data = setting.recipe.data
+    remotes = [s for table in (data.sources, data.heldout) for s in table.values() if s.remote]
+    folders = tuple(sorted({Path(source.path) for source in remotes}))
+    cache = ShardCache(folders, data.cache_bytes) if data.cache_bytes else None
     return [
         open_source(
             name,
@@ -274,6 +279,7 @@ def open_sources(setting: Setting, configs: dict[str, SourceConfig]) -> list[Sou
             ),
             weight=config.weight,
             remote=config.remote,
+            cache=cache if config.remote else None,
         )
         for name, config in configs.items()
     ]
@@ -319,9 +325,13 @@ def _loader(setting: Setting, mesh: Mesh, state: TrainState) -> Loader[Batch]:
         micro_batch_packs=recipe.train.micro_batch_packs,
         data_rank=mesh.data,
         data_ranks=mesh.dims.data,
-        workers=recipe.data.workers,
+        workers=Workers(
+            count=recipe.data.workers,
+            prefetch=recipe.data.prefetch,
+            pinned=mesh.device.type == "cuda",
+        ),
         start_step=state.data_step,
-        decode_failures=recipe.data.decode_failures,
+        decode_failures=recipe.data.failure_limits,
     )
 
 
@@ -335,18 +345,27 @@ def _heldout(setting: Setting, mesh: Mesh) -> Iterator[loop.Heldout]:
             _read_heldout,
             plan,
             _assembler(setting, mesh, [source]),
-            packs=packs,
-            micro_batch_packs=micro,
-            data_rank=mesh.data,
-            data_ranks=ranks,
+            mesh,
+            packs,
+            micro,
         )
         reads = mesh.is_first_stage or mesh.is_last_stage
         count = math.ceil(packs / (micro * ranks))
         yield loop.Heldout(source.name, count, batches if reads else None)
 
 
-def _read_heldout(plan: Plan, assembler: Assembler, **numbers: int) -> list[Batch]:
-    return list(heldout_batches(plan, assembler, **numbers))
+def _read_heldout(
+    plan: Plan, assembler: Assembler, mesh: Mesh, packs: int, micro_batch_packs: int
+) -> list[Batch]:
+    batches = heldout_batches(
+        plan,
+        assembler,
+        packs=packs,
+        micro_batch_packs=micro_batch_packs,
+        data_rank=mesh.data,
+        data_ranks=mesh.dims.data,
+    )
+    return list(batches)
 
 
 # --- loop ----------------------------------------------------------------------------------
@@ -461,34 +480,3 @@ def _reporter(setting: Setting, mesh: Mesh, state: TrainState) -> Reporter:
     )
     names = list(recipe.data.sources)
     return Reporter(setting.folder, recipe.train.steps, state, names, work)
-
-
-# --- afterwards ----------------------------------------------------------------------------
-
-
-def look(recipe: Recipe, packs: int, out: Path) -> int:
-    """Draw the first packs of a recipe as PNG pictures into `out`."""
-    setting = read_setting(recipe)
-    sources = open_sources(setting, recipe.data.sources)
-    mixture = Mixture(sources, seed=recipe.seed, shuffle=recipe.data.shuffle)
-    out.mkdir(parents=True, exist_ok=True)
-    if recipe.phase is Phase.decoder:
-        samples = Samples(recipe, setting.vocabulary, setting.layout, torch.device("cpu"))
-        return look_at_pairs(samples, mixture, packs, out)
-    plan = make_plan(setting, mixture)
-    assembler = Assembler(
-        sources=sources,
-        vocabulary=setting.vocabulary,
-        layout=setting.layout,
-        pack_tokens=recipe.data.pack_tokens,
-    )
-    for number in range(packs):
-        batch, failures, _ = assembler.batch([plan.pack(number)])
-        path = out / f"pack-{number:05d}.png"
-        draw_pack(batch, setting.vocabulary, setting.layout).save(path)
-        fill = batch.info.tokens / recipe.data.pack_tokens
-        print(
-            f"{path}: {len(batch.info.sample_ids)} documents, {batch.info.images} images, "
-            f"{batch.info.tokens} tokens (fill {fill:.2f}), {len(failures)} left out"
-        )
-    return ExitCode.DONE

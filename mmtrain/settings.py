@@ -65,6 +65,7 @@ class SourceConfig:
     max_images: int = 5  # images (or frames) a sequence keeps
     max_tokens: int = 1024  # positions a sequence may take, image groups included
     image_first: float = 0.5  # probability that an image stands before its text
+    decode_failures: float | None = None  # share of bad samples; null = data.decode_failures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,16 @@ class DataConfig:
     window_documents: int = 1024  # documents packed together at a time (look-ahead)
     shuffle: bool = True
     workers: int = 2  # processes that decode images for each rank; 0 decodes in the rank
-    decode_failures: float = 0.01  # share of bad samples beyond which a run stops
+    prefetch: int = 2  # micro-batches that each worker makes ahead of the step
+    decode_failures: float = 0.01  # share of bad samples of a source beyond which a run stops
+    cache_bytes: int = 0  # of the shards fetched for all sources, on each host; 0 = no bound
     learn_image_begin: bool = False  # learn to begin images ([IMG] is a label); off as published
+
+    @property
+    def failure_limits(self) -> dict[str, float]:
+        """Share of bad samples that each source may have."""
+        limits = {name: source.decode_failures for name, source in self.sources.items()}
+        return {n: self.decode_failures if v is None else v for n, v in limits.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,3 +38,22 @@ def test_ingesting_is_measured_against_pillow_alone(
     runpy.run_path(tool, run_name="__main__")
     out = capfd.readouterr().out
     assert "8 JPEGs of 512 px" in out and len(out.splitlines()) == 8
+
+
+def test_the_reader_is_measured_against_pillow_and_what_is_installed(
+    repository: Path, tmp_path: Path
+) -> None:
+    few = ["--documents", "6", "--rounds", "1", "--sides", "64"]
+    done = subprocess.run(
+        [sys.executable, "tools/bench_data.py", *few],
+        cwd=repository,
+        env=os.environ | {"TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "python tools/bench_data.py --documents 6" in done.stdout
+    rows = [line.split(" | ")[1] for line in done.stdout.splitlines() if line.startswith("| 64 px")]
+    assert rows[:3] == ["mmtrain", "Pillow, resized", "Pillow, decoded"]
+    assert not list(tmp_path.iterdir())

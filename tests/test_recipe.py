@@ -262,6 +262,21 @@ def test_shards_without_lengths_for_the_tokenizer_are_told_how_to_get_them(
     assert f"run mmtrain data index {shapes}/captions --tokenizer {other}" in fault
 
 
+def test_a_source_may_have_a_limit_of_bad_samples_of_its_own(tiny: Path) -> None:
+    recipe = load(tiny, ["data.sources.captions.decode_failures=0.2", "data.decode_failures=0.05"])
+    limits = recipe.data.failure_limits
+    assert limits.pop("captions") == 0.2 and set(limits.values()) <= {0.05}
+    assert set(load(tiny, ["data.decode_failures=0.05"]).data.failure_limits.values()) == {0.05}
+    with pytest.raises(
+        RecipeError, match=r"data\.sources\.captions\.decode_failures: found 2"
+    ) as said:
+        load(
+            tiny,
+            ["data.sources.captions.decode_failures=2", "data.prefetch=0", "data.cache_bytes=-1"],
+        )
+    assert {p.place for p in said.value.problems} >= {"data.prefetch", "data.cache_bytes"}
+
+
 def test_shards_of_a_remote_need_not_be_here(tiny: Path) -> None:
     source = "data.sources.captions"
     recipe = load(tiny, [f"{source}.path=cache", f"{source}.remote=s3://bucket/captions"])

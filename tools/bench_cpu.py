@@ -42,7 +42,7 @@ from mmtrain import log, recipe, run
 from mmtrain.data.assemble import Assembler
 from mmtrain.data.batch import Batch
 from mmtrain.data.document import Document, Modality, Part
-from mmtrain.data.loader import Loader
+from mmtrain.data.loader import Loader, Workers
 from mmtrain.data.mixture import Mixture
 from mmtrain.data.pack import PackPlan, Plan
 from mmtrain.data.rules import Draw, Rule
@@ -200,7 +200,7 @@ def loader_of(setting: run.Setting, workers: int) -> Loader:
         assembler_of(setting, plan, read.data.pack_tokens),
         global_batch_packs=read.train.global_batch_packs,
         micro_batch_packs=read.train.micro_batch_packs,
-        workers=workers,
+        workers=Workers(count=workers),
     )
 
 
@@ -401,7 +401,7 @@ def circumstances(load_before: float) -> str:
         f"{date.today()}; {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, "
         f"load average {load_before:.2f} before the start; Python {platform.python_version()}, "
         f"{found}; attention of transformers: sdpa; float32.\n\n"
-        f"    python {shlex.join(['tools/bench_cpu.py', *sys.argv[1:]])}\n"
+        f"    python {shlex.join([f'tools/{Path(sys.argv[0]).name}', *sys.argv[1:]])}\n"
     )
 
 

@@ -13,37 +13,48 @@ images here, so literal marks harm nothing; the weight is 0 to train as publishe
 T packed tokens   N image slots   Q visual tokens an image   P = N * (Q + 1)
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmtrain.data import images
 from mmtrain.data.batch import Batch, BatchInfo, Targets
-from mmtrain.data.document import CHAT, Document, Modality, Part
+from mmtrain.data.document import CHAT, Document, Modality, Part, SampleError
 from mmtrain.data.mixture import Source
 from mmtrain.data.pack import PackPlan, PlannedDocument
+from mmtrain.data.packed import PackedRows, Placed, image_rows, lay_out
 from mmtrain.data.rules import ImagePiece, Selection
 from mmtrain.data.sequence import InterleavedSequence, Span
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary
 from mmtrain.errors import ContentError
 from mmtrain.nn.flow import CARRY, Flow
-from mmtrain.nn.noise import row_numbers
 
-NO_LABEL = -100
+Item = TypeVar("Item")  # a micro-batch: `Batch`, or what becomes one in the rank
 FIELDS = ("tokens", "positions", "lo", "hi", "labels", "slots", CARRY, "source", "noise")
 TEXT, IMAGE = "text", "image"  # the losses
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A document that was left out of its pack because a picture of it cannot be decoded."""
+    """A document that was left out of its pack because it cannot be read or decoded."""
 
     source: str
     sample_id: str
     reason: str
+
+
+class Made(NamedTuple, Generic[Item]):
+    """A micro-batch, what was left out of it, and how many documents were planned by source."""
+
+    batch: Item
+    failures: tuple[Failure, ...]
+    planned: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -52,28 +63,22 @@ class Pack:
 
     Attributes:
         number: of the plan.
-        rows: int64 `[T]` each: tokens, positions, lo, hi, labels, noise.
-        weights_T: float32, 1 where a label counts.
-        origins_T: int64, source of each row (0 in padding).
+        rows: tokens, positions, masks, labels and their weights.
         begins: row of every image's begin token, in order.
         image_origins: source of every image.
         image_weights: of every image's regression pairs; 0 in conversations.
-        pixels: `[3, H, W]` each; empty when pixels are not wanted.
+        pixels: uint8 `[3, H, W]` each; empty when pixels are not wanted.
         sample_ids: documents in the pack.
-        documents: documents planned, failures included.
         failures: documents left out.
     """
 
     number: int
-    rows: dict[str, Tensor]
-    weights_T: Tensor
-    origins_T: Tensor
+    rows: PackedRows
     begins: tuple[int, ...]
     image_origins: tuple[int, ...]
     image_weights: tuple[float, ...]
     pixels: tuple[Tensor, ...]
     sample_ids: tuple[str, ...]
-    documents: int
     failures: tuple[Failure, ...]
 
 
@@ -98,21 +103,20 @@ class Assembler:
     image_slots: int | None = None
     with_pixels: bool = True
 
-    def batch(self, plans: Sequence[PackPlan]) -> tuple[Batch, tuple[Failure, ...], int]:
-        """One micro-batch of several packs, what failed, and how many documents were planned."""
+    def batch(self, plans: Sequence[PackPlan]) -> Made[Batch]:
+        """One micro-batch of several packs, what failed, and what was planned."""
         packs = [self.pack(plan) for plan in plans]
         failures = tuple(failure for pack in packs for failure in pack.failures)
-        return self.merge(packs), failures, sum(pack.documents for pack in packs)
+        return Made(self.merge(packs), failures, planned_of(plans, self.sources))
 
     def pack(self, plan: PackPlan) -> Pack:
         """Assemble one pack.
 
         Raises:
             ContentError: a document is not what the length index counted.
-            MissingError, StorageError: a shard cannot be had.
+            MissingError, StorageError, ServiceError: a shard cannot be had.
         """
-        rows = _padding(self.pack_tokens, self.layout.pad)
-        weights, origins = torch.zeros(self.pack_tokens), torch.zeros(self.pack_tokens).long()
+        placed: list[Placed] = []
         begins: list[int] = []
         image_origins: list[int] = []
         image_weights: list[float] = []
@@ -120,35 +124,29 @@ class Assembler:
         sample_ids, failures = [], []
         start = 0
         for planned in plan.documents:
-            stop = start + planned.selection.positions
-            sequence = self.sequence(planned)
+            first = start
+            start += planned.selection.positions
             try:
+                sequence = self.sequence(planned)
                 decoded = self._decode(sequence.media)
-            except images.DecodeError as error:
-                name = self.sources[planned.source].name
-                failures.append(Failure(name, planned.sample_id, str(error)))
-                start = stop  # its rows stay padding, so the others lie where they were planned
+            except (SampleError, images.DecodeError) as error:
+                # its rows stay padding, so the others lie where they were planned
+                failures.append(failure_of(error, planned, self.sources))
                 continue
-            _place(rows, weights, sequence, start, self.layout)
-            rows["noise"][start:stop] = row_numbers(planned.noise, stop - start)
-            origins[start:stop] = planned.source
-            begins += [start + span.start for span in sequence.spans]
+            placed.append(Placed(first, sequence, planned.source, planned.noise))
+            begins += [first + span.start for span in sequence.spans]
             image_origins += [planned.source] * len(sequence.spans)
             image_weights += [sequence.image_weight] * len(sequence.spans)
             pixels += decoded
             sample_ids.append(planned.sample_id)
-            start = stop
         return Pack(
             number=plan.number,
-            rows=rows,
-            weights_T=weights,
-            origins_T=origins,
+            rows=lay_out(placed, self.pack_tokens, self.layout),
             begins=tuple(begins),
             image_origins=tuple(image_origins),
             image_weights=tuple(image_weights),
             pixels=tuple(pixels),
             sample_ids=tuple(sample_ids),
-            documents=len(plan.documents),
             failures=tuple(failures),
         )
 
@@ -157,6 +155,7 @@ class Assembler:
 
         Raises:
             ContentError: its length differs from the plan.
+            SampleError: it is malformed.
         """
         document = self.sources[planned.source].documents.document(planned.number)
         sequence = tokenize(document, planned.selection, self.vocabulary, self.layout)
@@ -177,11 +176,11 @@ class Assembler:
         total = self.pack_tokens * len(packs)
         starts = [index * self.pack_tokens for index in range(len(packs))]
         fields = {
-            name: torch.cat([pack.rows[name] for pack in packs])
+            name: torch.cat([pack.rows.fields[name] for pack in packs])
             for name in ("tokens", "positions", "labels", "noise")
         }
         for name in ("lo", "hi"):
-            shifted = [pack.rows[name] + at for pack, at in zip(packs, starts, strict=True)]
+            shifted = [pack.rows.fields[name] + at for pack, at in zip(packs, starts, strict=True)]
             fields[name] = torch.cat(shifted)
         begins = [at + b for pack, at in zip(packs, starts, strict=True) for b in pack.begins]
         slots = self._slots(len(begins))
@@ -199,11 +198,11 @@ class Assembler:
             inputs=Flow(hidden, {name: fields[name] for name in FIELDS}),
             targets=Targets(
                 weights={
-                    TEXT: torch.cat([pack.weights_T for pack in packs]),
+                    TEXT: torch.cat([pack.rows.weights_T for pack in packs]),
                     IMAGE: weights.repeat_interleave(pairs),
                 },
                 origins={
-                    TEXT: torch.cat([pack.origins_T for pack in packs]),
+                    TEXT: torch.cat([pack.rows.origins_T for pack in packs]),
                     IMAGE: padded.repeat_interleave(pairs),
                 },
             ),
@@ -228,10 +227,24 @@ class Assembler:
 
     def _decode(self, media: Sequence[bytes]) -> list[Tensor]:
         if self.with_pixels:
-            return [images.decode(blob, self.layout) for blob in media]
+            return [images.pixels_of(blob, self.layout.image_size) for blob in media]
         for blob in media:
             images.check(blob)
         return []
+
+
+def failure_of(
+    error: SampleError | images.DecodeError, planned: PlannedDocument, sources: Sequence[Source]
+) -> Failure:
+    """What is counted of a document that failed."""
+    reason = error.reason if isinstance(error, SampleError) else str(error)
+    return Failure(sources[planned.source].name, planned.sample_id, reason)
+
+
+def planned_of(plans: Sequence[PackPlan], sources: Sequence[Source]) -> dict[str, int]:
+    """Documents of some packs by source."""
+    # no Counter: torch pins mappings by `update`, which doubles one
+    return dict(Counter(sources[d.source].name for plan in plans for d in plan.documents))
 
 
 def tokenize(
@@ -258,10 +271,11 @@ def tokenize(
             tokens += encoded[piece.part][piece.start : piece.stop]
         weights += [weight] * (len(tokens) - len(weights))
     return InterleavedSequence(
-        tokens_T=torch.tensor([*tokens, layout.eos]),
+        tokens_T=torch.from_numpy(np.array([*tokens, layout.eos], np.int64)),  # a fifth of `tensor`
         spans=tuple(spans),
         media=tuple(media),
-        weights_T=torch.tensor([*weights, weight]),  # </s> closes what stands before it
+        # </s> closes what stands before it
+        weights_T=torch.from_numpy(np.array([*weights, weight], np.float32)),
         sample_id=document.sample_id,
         image_weight=0.0 if chat else 1.0,
     )
@@ -288,70 +302,3 @@ def prompt_tokens(
             tokens += image_group(layout) * len(part.media)
             media += part.media
     return tokens, media
-
-
-def labels_of(tokens_T: Tensor, layout: SequenceFormat) -> Tensor:
-    """Next-token targets of one document; -100 where the next token is none to learn."""
-    untrained = [layout.pad, layout.image_slot, layout.image_end]
-    if not layout.learns_image_begin:
-        untrained.append(layout.image_begin)
-    following = torch.cat([tokens_T[1:], tokens_T.new_tensor([layout.pad])])
-    return torch.where(torch.isin(following, torch.tensor(untrained)), NO_LABEL, following)
-
-
-def image_rows(
-    begins: Sequence[int], slots: int, visual_tokens: int, total: int
-) -> dict[str, Tensor]:
-    """Rows of visual tokens and regression pairs.
-
-    Args:
-        begins: row of each image's begin token.
-        slots: N, at least `len(begins)`.
-        visual_tokens: Q.
-        total: T; what the slots of dummy images point to.
-
-    Returns:
-        `slots` `[N * Q]`, `carry` (targets) and `source` `[N * (Q + 1)]`, int64.
-    """
-    begin = torch.tensor(begins, dtype=torch.int64).view(-1, 1)
-    dummies = slots - len(begins)
-    rows = begin + 1 + torch.arange(visual_tokens)
-    sources = begin + torch.arange(visual_tokens + 1)
-    pairs = torch.zeros(dummies * (visual_tokens + 1), dtype=torch.int64)
-    return {
-        "slots": torch.cat([rows.flatten(), torch.full((dummies * visual_tokens,), total)]),
-        CARRY: torch.cat([sources.flatten() + 1, pairs]),
-        "source": torch.cat([sources.flatten(), pairs]),
-    }
-
-
-def _padding(length: int, pad: int) -> dict[str, Tensor]:
-    row = torch.arange(length)
-    return {
-        "tokens": torch.full((length,), pad),
-        "positions": torch.zeros(length, dtype=torch.int64),
-        "lo": row.clone(),
-        "hi": row + 1,
-        "labels": torch.full((length,), NO_LABEL),
-        "noise": torch.zeros(length, dtype=torch.int64),
-    }
-
-
-def _place(
-    rows: dict[str, Tensor],
-    weights_T: Tensor,
-    sequence: InterleavedSequence,
-    start: int,
-    layout: SequenceFormat,
-) -> None:
-    """Write a document into its rows of the pack."""
-    length = len(sequence.tokens_T)
-    stop = start + length
-    labels = labels_of(sequence.tokens_T, layout)
-    rows["tokens"][start:stop] = sequence.tokens_T
-    rows["positions"][start:stop] = torch.arange(length)
-    rows["lo"][start:stop] = start  # causal inside the document; hi = row + 1 holds already
-    rows["labels"][start:stop] = labels
-    # a label's weight is that of the token it names
-    following = torch.cat([sequence.weights_T[1:], torch.zeros(1)])
-    weights_T[start:stop] = torch.where(labels == NO_LABEL, 0.0, following)

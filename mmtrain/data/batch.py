@@ -3,7 +3,7 @@
 T packed tokens   N image slots   Q visual tokens an image   P = N * (Q + 1) regression pairs
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -54,3 +54,7 @@ class Batch:
     inputs: Flow
     targets: Targets
     info: BatchInfo
+
+    def pin_memory(self) -> "Batch":
+        """The same batch with its inputs in pinned memory (torch's DataLoader asks for this)."""
+        return replace(self, inputs=self.inputs.pin_memory())

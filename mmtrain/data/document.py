@@ -17,6 +17,24 @@ from mmtrain.errors import ContentError
 # MDS columns of a document; `media` is apart so that text can be read without parsing images
 COLUMNS = {"id": "str", "kind": "str", "parts": "str", "media": "bytes", "meta": "str"}
 CHAT = "chat"  # the kind of conversations: the loss counts answers alone
+# characters of one text; the longest novels have 3 million. A sequence takes thousands of them,
+# and more than this is a dump whose tokenising holds up a worker
+MAX_TEXT = 1 << 22
+TOO_LONG = f"text of more than {MAX_TEXT:,} characters"
+NO_DOCUMENT = "row is no document"
+
+
+class SampleError(ContentError):
+    """One document that cannot be used, where the others can.
+
+    Attributes:
+        reason: the same for all samples with this fault: what failures are counted by.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        """Keep the reason; the message itself if there is none."""
+        super().__init__(message)
+        self.reason = reason or message
 
 
 class Modality(Enum):
@@ -63,11 +81,15 @@ class Document:
     def problems(self) -> list[str]:
         """What is wrong with the parts; empty for a good document."""
         found = [] if self.sample_id else ["sample_id is empty"]
+        if fault := text_fault(self.sample_id):
+            found.append(f"sample_id: {fault}")
         for index, part in enumerate(self.parts):
             place = f"part {index} ({part.modality.value})"
             if part.modality is Modality.text:
                 if part.media:
                     found.append(f"{place} holds {len(part.media)} images; text holds none")
+                if fault := text_fault(part.text):
+                    found.append(f"{place}: {fault}")
             elif part.text:
                 found.append(f"{place} holds text; put it in a text part")
             elif part.modality is Modality.image and len(part.media) != 1:
@@ -114,15 +136,30 @@ class DocumentLengths:
     parts: tuple[PartLength, ...]
 
 
+def text_fault(text: str) -> str | None:
+    """Why no model should read a text, or None."""
+    if "\0" in text:
+        return "text holds NUL"
+    if len(text) > MAX_TEXT:
+        return TOO_LONG
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, as broken JSON escapes make them
+            return "text is no Unicode"
+    return None
+
+
 def to_row(document: Document) -> dict[str, Any]:
     """The MDS row of a document.
 
     Raises:
-        ContentError: the document is malformed (`Document.problems`).
+        SampleError: the document is malformed (`Document.problems`).
     """
     problems = document.problems()
     if problems:
-        raise ContentError(f"document {document.sample_id!r}: " + "; ".join(problems))
+        message = f"document {document.sample_id!r}: " + "; ".join(problems)
+        raise SampleError(message, _reason(document))
     return {
         "id": document.sample_id,
         "kind": document.kind,
@@ -136,45 +173,65 @@ def from_row(row: Mapping[str, Any]) -> Document:
     """Undo `to_row`.
 
     Raises:
-        ContentError: a column is missing, the JSON is broken, or the sizes do not add up.
+        SampleError: a column is missing, the JSON is broken, the sizes do not add up, or the
+            document is malformed (`Document.problems`).
     """
+    name = row.get("id", "without id")
     try:
-        return _from_row(row)
+        document = _from_row(row)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        name = row.get("id", "without id")
-        raise ContentError(
+        raise SampleError(
             f"document {name!r}: the row is not a document ({type(error).__name__}: {error}); "
-            f"found columns {sorted(row)}, expected {sorted(COLUMNS)}"
+            f"found columns {sorted(row)}, expected {sorted(COLUMNS)}",
+            NO_DOCUMENT,
         ) from error
+    if problems := document.problems():
+        message = f"document {name!r}: the row is not a document ({'; '.join(problems)})"
+        raise SampleError(message, _reason(document))
+    return document
+
+
+def _reason(document: Document) -> str:
+    texts = (part.text for part in document.parts)
+    return next(filter(None, map(text_fault, texts)), NO_DOCUMENT)
 
 
 def _from_row(row: Mapping[str, Any]) -> Document:
-    parts, offset, media = [], 0, row["media"]
-    for entry in json.loads(row["parts"]):
-        sizes = entry.get("sizes", [])
+    entries, meta, media = json.loads(row["parts"]), json.loads(row["meta"]), row["media"]
+    if not isinstance(entries, list) or not isinstance(meta, dict):
+        raise TypeError("`parts` must be a list and `meta` an object")
+    parts, offset = [], 0
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise TypeError(f"a part is {type(entry).__name__}, no object")
         blobs = []
-        for size in sizes:
+        for size in _checked(entry, "sizes", list, ()):
             blobs.append(media[offset : offset + size])
+            if len(blobs[-1]) != size:
+                raise ValueError(f"an image of {size} bytes, {len(media) - offset} are left")
             offset += size
         part = Part(
             modality=Modality(entry["modality"]),
-            text=entry.get("text", ""),
+            text=_checked(entry, "text", str, ""),
             media=tuple(blobs),
-            match=entry.get("match"),
-            time=entry.get("time"),
-            answer=entry.get("answer", False),
-            markup=entry.get("markup", False),
+            match=_checked(entry, "match", int, None),
+            time=_checked(entry, "time", (int, float), None),
+            answer=bool(entry.get("answer", False)),
+            markup=bool(entry.get("markup", False)),
         )
         parts.append(part)
     if offset != len(media):
         raise ValueError(f"parts name {offset} bytes of media, the row holds {len(media)}")
-    document = Document(
-        sample_id=row["id"], kind=row["kind"], parts=tuple(parts), meta=json.loads(row["meta"])
-    )
-    problems = document.problems()
-    if problems:
-        raise ValueError("; ".join(problems))
-    return document
+    return Document(sample_id=row["id"], kind=row["kind"], parts=tuple(parts), meta=meta)
+
+
+def _checked(entry: dict[str, Any], key: str, kinds: type | tuple[type, ...], default: Any) -> Any:
+    found = entry.get(key)
+    if found is None:
+        return default
+    if not isinstance(found, kinds):
+        raise TypeError(f"`{key}` of a part is {type(found).__name__}")
+    return found
 
 
 def _part_to_json(part: Part) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from mmtrain.data.fetch import HASH
 from mmtrain.data.folders import storage_errors, temporary_folder
 from mmtrain.data.images import DecodeError
 from mmtrain.data.mixture import Source
-from mmtrain.data.shards import Rows, open_rows
+from mmtrain.data.rows import Rows, open_rows
 from mmtrain.errors import ContentError, MissingError, StorageError
 
 COLUMNS = {"id": "str", "conditions": "bytes", "latents": "bytes"}

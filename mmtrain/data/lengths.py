@@ -25,6 +25,7 @@ from mmtrain.errors import ContentError, MissingError
 
 FORMAT = 2  # of the stored arrays; 1 knew no conversations and had no `flags`
 MANIFEST = "manifest.json"
+LEFT_OUT = "left out: "  # begins the kind of documents that cannot be used; the reason ends it
 _MODALITIES = (Modality.text, Modality.image, Modality.video)  # code = position
 _ARRAYS = ("ids", "kinds", "offsets", "modalities", "sizes", "matches", "times", "flags")
 _ANSWER, _MARKUP = 1, 2  # bits of a flag
@@ -53,6 +54,16 @@ class Lengths:
     def __len__(self) -> int:
         """Documents."""
         return len(self.arrays["ids"])
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Documents that cannot be used, by reason; they have no parts here."""
+        counts = np.bincount(self.arrays["kinds"], minlength=len(self.kind_names)).tolist()
+        return {
+            name.removeprefix(LEFT_OUT): count
+            for name, count in zip(self.kind_names, counts, strict=True)
+            if name.startswith(LEFT_OUT)
+        }
 
     def document(self, number: int) -> DocumentLengths:
         """Lengths of the document `number` (its place in the shards)."""
@@ -143,6 +154,10 @@ def _record(path: Path) -> dict[str, Any]:
     return {"bytes": len(content), HASH: get_hash(HASH, content)}
 
 
+def _expected(name: str, record: dict[str, Any]) -> ExpectedFile:
+    return ExpectedFile(f"{name}.npy", int(record["bytes"]), {HASH: str(record[HASH])})
+
+
 def load(folder: Folder, *, fingerprint: str, dataset: str, advice: str) -> Lengths:
     """Map an index written by `save`, fetched when its folder is remote.
 
@@ -164,8 +179,10 @@ def load(folder: Folder, *, fingerprint: str, dataset: str, advice: str) -> Leng
         manifest = json.loads(path.read_text())
         found = (manifest["format"], manifest["tokenizer"], manifest["dataset"])
         stored = [name for name in _ARRAYS if f"{name}.npy" in manifest["files"]]
-        records = {name: manifest["files"][f"{name}.npy"] for name in stored}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        records = {name: _expected(name, manifest["files"][f"{name}.npy"]) for name in stored}
+        sizes = tuple(int(size) for size in manifest["shard_sizes"])
+        kinds = tuple(str(kind) for kind in manifest["kinds"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ContentError(f"{path} is damaged ({error!r}); {advice}") from error
     names = ("index format", "tokenizer fingerprint", "hash of index.json")
     wanted = (FORMAT, fingerprint, dataset)
@@ -175,19 +192,20 @@ def load(folder: Folder, *, fingerprint: str, dataset: str, advice: str) -> Leng
     if lacking := set(_ARRAYS if found[0] == FORMAT else _ARRAYS[:-1]) - set(records):
         raise ContentError(f"{path} is damaged (it names no {sorted(lacking)}); {advice}")
     arrays = {}
-    for name, record in records.items():
-        expected = ExpectedFile(f"{name}.npy", record["bytes"], {HASH: record[HASH]})
+    for name, expected in records.items():
         try:
             path = folder.ensure(expected)
         except ContentError as error:
             raise ContentError(f"{error}; {advice}") from error
         # small arrays are read whole: a run may outlive the folder it was started from
-        mapping: Literal["r"] | None = "r" if record["bytes"] > 1 << 20 else None
+        mapping: Literal["r"] | None = "r" if (expected.size_bytes or 0) > 1 << 20 else None
         try:
             arrays[name] = np.load(path, mmap_mode=mapping, allow_pickle=False)
         except (ValueError, EOFError) as error:  # Python objects are pickles, and refused
             raise ContentError(f"{path} is no array of numbers ({error}); {advice}") from error
     if "flags" not in arrays:
         arrays["flags"] = np.zeros(len(arrays["modalities"]), np.uint8)
-    sizes, kinds = tuple(manifest["shard_sizes"]), tuple(manifest["kinds"])
+    codes = arrays["kinds"]
+    if sum(sizes) != len(codes) or (len(codes) and int(codes.max()) >= len(kinds)):
+        raise ContentError(f"{folder.local / MANIFEST} is damaged (other documents); {advice}")
     return Lengths(fingerprint, dataset, sizes, kinds, arrays)

@@ -9,59 +9,79 @@ without replay. Worker processes only read and decode; the plan lives in the ran
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mmtrain.data.assemble import Failure
+from mmtrain.data.assemble import Failure, Item, Made
 from mmtrain.data.pack import Mark, PackPlan, Plan
-from mmtrain.errors import ContentError, Problem, RecipeError, StorageError
+from mmtrain.errors import ContentError, MmtrainError, Problem, RecipeError, StorageError
 from mmtrain.process import become_worker, kill_workers_at_exit
 
 log = logging.getLogger(__name__)
 
 _JUDGED_DOCUMENTS = 1000  # the share of failures is judged over at least so many documents
 _Work = tuple[PackPlan, ...]
-Made = TypeVar("Made")  # a micro-batch: `Batch`, or what becomes one in the rank
-Made_co = TypeVar("Made_co", covariant=True)
-_Result = tuple[Made, tuple[Failure, ...], int]
 
 
-class Assembles(Protocol[Made_co]):
+class Assembles(Protocol[Item]):
     """What makes micro-batches; copied into worker processes."""
 
-    def batch(self, plans: Sequence[PackPlan]) -> tuple[Made_co, tuple[Failure, ...], int]:
-        """A micro-batch of some packs, what failed, and how many documents were planned."""
+    def batch(self, plans: Sequence[PackPlan]) -> Made[Item]:
+        """A micro-batch of some packs, what failed, and what was planned."""
 
 
-class _Bench(Dataset[_Result[Made]], Generic[Made]):
-    """What a worker process does: packs in, micro-batch out."""
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """How a rank's micro-batches are made.
 
-    def __init__(self, assembler: Assembles[Made]) -> None:
+    Attributes:
+        count: processes that read and decode; 0 = in the rank itself.
+        prefetch: micro-batches that each process makes ahead.
+        pinned: hand tensors over in memory that a GPU copies from by itself.
+        timeout_seconds: how long a process may take for one micro-batch.
+    """
+
+    count: int = 0
+    prefetch: int = 2
+    pinned: bool = False
+    timeout_seconds: float = 120.0
+
+
+_Outcome = Made[Item] | MmtrainError
+
+
+class _Bench(Dataset[_Outcome[Item]], Generic[Item]):
+    """What a worker process does: packs in, micro-batch out, or why there is none."""
+
+    def __init__(self, assembler: Assembles[Item]) -> None:
         self._assembler = assembler
 
-    def __getitem__(self, work: _Work) -> _Result[Made]:
-        return self._assembler.batch(work)
+    def __getitem__(self, work: _Work) -> _Outcome[Item]:
+        try:
+            return self._assembler.batch(work)
+        except MmtrainError as error:
+            return error  # raised in the rank: torch would make its message a traceback
 
 
-class Loader(Generic[Made]):
+class Loader(Generic[Item]):
     """Micro-batches of one data rank, step by step."""
 
     def __init__(
         self,
         plan: Plan,
-        assembler: Assembles[Made],
+        assembler: Assembles[Item],
         *,
         global_batch_packs: int,
         micro_batch_packs: int,
         data_rank: int = 0,
         data_ranks: int = 1,
-        workers: int = 0,
+        workers: Workers = Workers(),
         start_step: int = 0,
-        decode_failures: float = 0.01,
-        timeout_seconds: float = 120.0,
+        decode_failures: float | Mapping[str, float] = 0.01,
     ) -> None:
         """Check the numbers; nothing is read yet.
 
@@ -72,10 +92,9 @@ class Loader(Generic[Made]):
             micro_batch_packs: packs of one forward pass.
             data_rank: r; tensor and pipeline ranks of one data rank pass the same.
             data_ranks: R.
-            workers: processes that read and decode; 0 = in this one.
+            workers: processes that read and decode.
             start_step: the first step `steps` yields.
-            decode_failures: share of documents that may fail to decode.
-            timeout_seconds: how long a worker may take for one micro-batch.
+            decode_failures: share of documents that may fail, of every source or of each by name.
 
         Raises:
             RecipeError: G is no multiple of R * micro_batch_packs.
@@ -92,13 +111,16 @@ class Loader(Generic[Made]):
         self.assembler = assembler
         self.next_step = start_step
         self.failures: Counter[tuple[str, str]] = Counter()  # by source and reason
-        self.documents = 0
+        self.documents: Counter[str] = Counter()  # planned so far, by source
         self._global = global_batch_packs
         self._micro = micro_batch_packs
         self._rank, self._share = data_rank, global_batch_packs // data_ranks
-        self._workers, self._timeout_seconds = workers, timeout_seconds
-        self._decode_failures = decode_failures
-        self._results: Iterator[_Result[Made]] | None = None
+        self._workers = workers
+        limits = decode_failures
+        if not isinstance(limits, Mapping):
+            limits = dict.fromkeys(plan.source_names, limits)
+        self._limits = limits
+        self._results: Iterator[_Outcome[Item]] | None = None
 
     @property
     def micro_batches(self) -> int:
@@ -113,12 +135,13 @@ class Loader(Generic[Made]):
             for start in range(first, first + self._share, self._micro)
         ]
 
-    def step(self, number: int) -> list[Made]:
+    def step(self, number: int) -> list[Item]:
         """The micro-batches of step `number`; cheap when steps follow each other.
 
         Raises:
-            ContentError: too many documents failed to decode, or a shard is damaged.
-            MissingError, StorageError: a shard cannot be had, or a worker died or hangs.
+            ContentError: too many documents of a source failed, or a shard is damaged.
+            MissingError, StorageError, ServiceError: a shard cannot be had, or a worker died or
+                hangs.
         """
         if self._results is None or number != self.next_step:
             self.close()
@@ -127,7 +150,7 @@ class Loader(Generic[Made]):
         self.next_step = number + 1
         return batches
 
-    def steps(self) -> Iterator[list[Made]]:
+    def steps(self) -> Iterator[list[Item]]:
         """Steps from `start_step` (or the one after the last `step`) on, without end."""
         while True:
             yield self.step(self.next_step)
@@ -140,8 +163,8 @@ class Loader(Generic[Made]):
         """End the worker processes."""
         self._results = None
 
-    def _start(self, step: int) -> Iterator[_Result[Made]]:
-        return _results(self.assembler, self._work(step), self._workers, self._timeout_seconds)
+    def _start(self, step: int) -> Iterator[_Outcome[Item]]:
+        return _results(self.assembler, self._work(step), self._workers)
 
     def _work(self, step: int) -> Iterator[_Work]:
         while True:
@@ -149,41 +172,45 @@ class Loader(Generic[Made]):
                 yield tuple(self.plan.pack(number) for number in numbers)
             step += 1
 
-    def _next(self) -> Made:
+    def _next(self) -> Item:
         assert self._results is not None
-        batch, failures, documents = _take(self._results)
-        self.documents += documents
-        for failure in failures:
-            kind = (failure.source, failure.reason)
-            if not self.failures[kind]:
-                log.warning(
-                    "source %s sample %s left out: %s (logged once a kind)",
-                    failure.source,
-                    failure.sample_id,
-                    failure.reason,
-                )
-            self.failures[kind] += 1
-        bad = self.failures.total()
-        if bad > self._decode_failures * max(self.documents, _JUDGED_DOCUMENTS):
-            counts = ", ".join(f"{s} {r} {n}" for (s, r), n in sorted(self.failures.items()))
-            raise ContentError(
-                f"{bad} of {self.documents} documents cannot be decoded ({counts}); allowed is a "
-                f"share of {self._decode_failures}: repair the source or raise data.decode_failures"
+        made = _take(self._results)
+        self.documents.update(made.planned)
+        for failure in made.failures:
+            self._count(failure)
+        return made.batch
+
+    def _count(self, failure: Failure) -> None:
+        name, kind = failure.source, (failure.source, failure.reason)
+        if not self.failures[kind]:
+            log.warning(
+                "source %s sample %s left out: %s (logged once a kind)",
+                name,
+                failure.sample_id,
+                failure.reason,
             )
-        return batch
+        self.failures[kind] += 1
+        found = {reason: n for (source, reason), n in self.failures.items() if source == name}
+        bad, documents, limit = sum(found.values()), self.documents[name], self._limits[name]
+        if bad > limit * max(documents, _JUDGED_DOCUMENTS):
+            counts = ", ".join(f"{reason} {n}" for reason, n in sorted(found.items()))
+            raise ContentError(
+                f"source {name}: {bad} of {documents} documents cannot be used ({counts}; the last "
+                f"one: {failure.sample_id}); allowed is a share of {limit:g}: repair the source, "
+                f"or raise data.sources.{name}.decode_failures"
+            )
 
 
 def heldout_batches(
     plan: Plan,
-    assembler: Assembles[Made],
+    assembler: Assembles[Item],
     *,
     packs: int,
     micro_batch_packs: int,
     data_rank: int = 0,
     data_ranks: int = 1,
-    workers: int = 0,
-    timeout_seconds: float = 120.0,
-) -> Iterator[Made]:
+    workers: Workers = Workers(),
+) -> Iterator[Item]:
     """Packs 0 .. n - 1 of a held-out plan, n = min(packs, what the plan has).
 
     Every data rank yields the same number of micro-batches; those past the end hold padding
@@ -197,7 +224,6 @@ def heldout_batches(
         data_rank: this data rank.
         data_ranks: data ranks.
         workers: processes that read and decode.
-        timeout_seconds: how long a worker may take for one micro-batch.
     """
     count = min(packs, plan.packs())
     rounds = math.ceil(count / (data_ranks * micro_batch_packs))
@@ -208,22 +234,22 @@ def heldout_batches(
             numbers = range(start, start + micro_batch_packs)
             yield tuple(plan.pack(n) if n < count else PackPlan(n, ()) for n in numbers)
 
-    results = _results(assembler, work(), workers, timeout_seconds)
+    results = _results(assembler, work(), workers)
     for _ in range(rounds):
-        batch, failures, _ = _take(results)
-        if failures:
-            first_failure = failures[0]
+        made = _take(results)
+        if made.failures:
+            first_failure = made.failures[0]
             raise ContentError(
                 f"held-out source {first_failure.source} sample {first_failure.sample_id} cannot "
                 f"be decoded: {first_failure.reason}; held-out data must be whole"
             )
-        yield batch
+        yield made.batch
 
 
-def _take(results: Iterator[_Result[Made]]) -> _Result[Made]:
+def _take(results: Iterator[_Outcome[Item]]) -> Made[Item]:
     """The next result; a worker that died or hangs is a fault of the machine, worth a retry."""
     try:
-        return next(results)
+        result = next(results)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader"):  # torch 2.15: both messages begin so
             raise
@@ -232,23 +258,27 @@ def _take(results: Iterator[_Result[Made]]) -> _Result[Made]:
         raise StorageError(
             f"a data worker is gone, or a file cannot be read: {type(error).__name__}: {error}"
         ) from error
+    if isinstance(result, MmtrainError):
+        raise result
+    return result
 
 
 def _results(
-    assembler: Assembles[Made], work: Iterator[_Work], workers: int, timeout_seconds: float
-) -> Iterator[_Result[Made]]:
-    if workers:
+    assembler: Assembles[Item], work: Iterator[_Work], workers: Workers
+) -> Iterator[_Outcome[Item]]:
+    if workers.count:
         kill_workers_at_exit()
     loader: DataLoader[Any] = DataLoader(
         _Bench(assembler),
         sampler=_Once(work),
         batch_size=None,
-        num_workers=workers,
-        timeout=timeout_seconds if workers else 0,
+        num_workers=workers.count,
+        timeout=workers.timeout_seconds if workers.count else 0,
         # an iterator draws a base seed; from the global generator it would shift the model's
         # random numbers and break bitwise resume
         generator=torch.Generator().manual_seed(0),
-        prefetch_factor=2 if workers else None,
+        prefetch_factor=workers.prefetch if workers.count else None,
+        pin_memory=workers.pinned,
         worker_init_fn=become_worker,
     )
     return iter(loader)

@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from mmtrain.data import images
-from mmtrain.data.assemble import Failure, tokenize
+from mmtrain.data.assemble import Failure, Made, failure_of, planned_of, tokenize
 from mmtrain.data.batch import BatchInfo
-from mmtrain.data.document import Document, Modality
+from mmtrain.data.document import Document, Modality, SampleError
 from mmtrain.data.latents import Known, KnownSource
 from mmtrain.data.mixture import Draws, Source
 from mmtrain.data.pack import PackPlan, Plan, PlannedDocument
@@ -157,12 +157,13 @@ class PairAssembler:
     vision: SequenceFormat | None
     known: Mapping[str, KnownSource]
 
-    def batch(self, plans: Sequence[PackPlan]) -> tuple[Pairs, tuple[Failure, ...], int]:
-        """One micro-batch of several pairs, what failed, and how many were planned."""
+    def batch(self, plans: Sequence[PackPlan]) -> Made[Pairs]:
+        """One micro-batch of several pairs, what failed, and what was planned."""
         planned = [document for plan in plans for document in plan.documents]
         found, failures = self.read(planned)
         numbers = tuple(plan.number for plan in plans)
-        return self.merge(found, numbers), tuple(failures), len(planned)
+        made = self.merge(found, numbers)
+        return Made(made, tuple(failures), planned_of(plans, self.sources))
 
     def read(self, planned: Sequence[PlannedDocument]) -> tuple[list[Pair], list[Failure]]:
         """Samples in order, without those that failed, and what failed."""
@@ -171,15 +172,15 @@ class PairAssembler:
         for document in planned:
             try:
                 found.append(self.pair(document))
-            except images.DecodeError as error:
-                name = self.sources[document.source].name
-                failures.append(Failure(name, document.sample_id, str(error)))
+            except (SampleError, images.DecodeError) as error:
+                failures.append(failure_of(error, document, self.sources))
         return found, failures
 
     def pair(self, planned: PlannedDocument) -> Pair:
         """One sample.
 
         Raises:
+            SampleError: it is malformed.
             DecodeError: its picture is damaged, or it was so when latents were made.
         """
         source = self.sources[planned.source]

@@ -20,10 +20,19 @@ _TEXT_SIZE = 13
 _GAP = 6
 _PAPER, _INK, _RULE = (255, 255, 255), (20, 20, 20), (190, 190, 190)
 _LEARNT = (10, 110, 40)
+_NOTE, _CUT = (150, 80, 20), (160, 160, 160)
 
 
 class Learnt(str):
     """Words that are learnt, in a document of which other words are only read."""
+
+
+class Note(str):
+    """What is said about a document and does not stand in it."""
+
+
+class Cut(str):
+    """Words that the model does not see."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +166,8 @@ def _draw_document(
             line_y = top + _TEXT_SIZE + 2
             pen.line((left, line_y, left + font.getlength(piece), line_y), fill=_LEARNT)
         elif isinstance(piece, str):
-            pen.text((left, top), piece, fill=_INK, font=font)
+            ink = {Note: _NOTE, Cut: _CUT}.get(type(piece), _INK)
+            pen.text((left, top), piece, fill=ink, font=font)
         else:
             row.paste(piece.resize((thumbnail, thumbnail)), (int(left), top))
     return row

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mmtrain.data.cache import ShardCache
 from mmtrain.data.mixture import Source
 from mmtrain.data.rules import RuleOptions
 from mmtrain.data.shards import load_lengths, open_shards
@@ -16,6 +17,7 @@ def open_source(
     *,
     weight: float = 1.0,
     remote: str | None = None,
+    cache: ShardCache | None = None,
 ) -> Source:
     """Open a dataset written by `write_shards` and indexed by `build_index`.
 
@@ -25,13 +27,14 @@ def open_source(
         vocabulary: the tokenizer whose lengths are planned with.
         options: how documents become sequences.
         weight: share of documents, relative to the other sources.
-        remote: where files are fetched from (s3://, gs://, hf://, ..., a folder).
+        remote: where files are fetched from (s3://, gs://, https://, ..., a folder).
+        cache: bounds what `path` and the caches of other sources hold.
 
     Raises:
         MissingError: shards or their length index are not there; says what to run.
         ContentError: they are damaged or stale.
-        StorageError: they cannot be read or fetched.
+        StorageError, ServiceError: they cannot be read or fetched.
     """
-    shards = open_shards(path, remote)
+    shards = open_shards(path, remote, cache)
     lengths = load_lengths(shards, vocabulary)
     return Source(name=name, lengths=lengths, documents=shards, options=options, weight=weight)

@@ -5,7 +5,7 @@ are stored as encoded frames (`Part.media` of a video part). Needs the extra `mm
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ except ImportError:  # the extra is optional; read_frames says how to get it
     av = None
 
 # FFmpeg's names of what a clip may be: files that hold their frames, no playlists or scripts
+MAX_FRAMES = 1 << 18  # 2.4 hours at 30 frames a second; what a header says of them is not believed
 CONTAINERS = ("mov", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg", "asf", "gif")
 
 
@@ -53,21 +54,28 @@ def read_frames(
     if not path.is_file():
         raise MissingError(f"{path} is not there")
     try:
-        with _opened(path) as container:
-            # counted by decoding: packet counts of broken and variable-rate files lie
-            count = sum(1 for _ in container.decode(video=0))
+        # counted by decoding: packet counts of broken and variable-rate files lie
+        count = sum(1 for _ in _frames(path))
         wanted = choose(count, frames) if count else []
-        with _opened(path) as container:
-            kept = {
-                index: _jpeg(frame.to_image(), longest_side, quality)
-                for index, frame in enumerate(container.decode(video=0))
-                if index in wanted
-            }
-    except (av.error.FFmpegError, IndexError, ValueError) as error:
+        kept = {
+            index: _jpeg(frame.to_image(), longest_side, quality)
+            for index, frame in enumerate(_frames(path))
+            if index in wanted
+        }
+    except Exception as error:  # whatever FFmpeg and its binding stumble over
         raise ContentError(f"{path} cannot be decoded as video: {error}") from error
     if not wanted:
         raise ContentError(f"{path} holds no frame")
     return [kept[index] for index in wanted]
+
+
+def _frames(path: Path) -> Iterator[Any]:
+    """Every frame of the first video stream."""
+    with _opened(path) as container:
+        for index, frame in enumerate(container.decode(video=0)):
+            if index == MAX_FRAMES:
+                raise ValueError(f"more than {MAX_FRAMES:,} frames")
+            yield frame
 
 
 def _opened(path: Path) -> Any:
@@ -79,6 +87,8 @@ def _opened(path: Path) -> Any:
         if stream.width * stream.height > MAX_PIXELS:
             container.close()
             raise ValueError(f"frames of {stream.width} x {stream.height}, {TOO_LARGE}")
+        # and every frame's own header, which may claim more than the container's
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
     return container
 
 

@@ -10,7 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from mmtrain.data.batch import Batch
-from mmtrain.data.loader import Loader, heldout_batches
+from mmtrain.data.loader import Loader, Workers, heldout_batches
 from mmtrain.data.mixture import Mixture, OnePass, Source
 from mmtrain.data.pack import Mark
 from mmtrain.data.pairs import PairAssembler, PairPlan, Pairs
@@ -58,9 +58,9 @@ class DecoderJob:
             micro_batch_packs=recipe.train.micro_batch_packs,
             data_rank=self.mesh.data,
             data_ranks=self.mesh.dims.data,
-            workers=recipe.data.workers,
+            workers=Workers(count=recipe.data.workers, prefetch=recipe.data.prefetch),
             start_step=state.data_step,
-            decode_failures=recipe.data.decode_failures,
+            decode_failures=recipe.data.failure_limits,
         )
 
     def heldout(self) -> Iterator[Heldout]:

@@ -42,11 +42,19 @@ class Flow:
 
     def to(self, device: torch.device) -> Self:
         """The same flow with every tensor on `device`."""
+        # from pinned memory a GPU copies while the host goes on
+        return self._with_each(lambda t: t.to(device, non_blocking=device.type == "cuda"))
+
+    def pin_memory(self) -> Self:
+        """The same flow in memory that a GPU copies from by itself."""
+        return self._with_each(Tensor.pin_memory)
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> Self:
         return replace(
             self,
-            hidden=self.hidden.to(device),
-            fields={name: field.to(device) for name, field in self.fields.items()},
-            carried=None if self.carried is None else self.carried.to(device),
+            hidden=change(self.hidden),
+            fields={name: change(field) for name, field in self.fields.items()},
+            carried=None if self.carried is None else change(self.carried),
             derived={},
         )
 

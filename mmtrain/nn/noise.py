@@ -51,7 +51,12 @@ def _shifted(numbers: Tensor, bits: int) -> Tensor:
 
 def row_numbers(seed: int, length: int) -> Tensor:
     """One int64 number for each position of a document; `seed` tells documents apart."""
-    return mix(seed + torch.arange(length) * _signed(_GOLDEN, 64))
+    return numbers_at(seed, torch.arange(length))
+
+
+def numbers_at(seeds: int | Tensor, positions: Tensor) -> Tensor:
+    """`row_numbers` of some positions, of one document or of as many as there are seeds."""
+    return mix(seeds + positions * _signed(_GOLDEN, 64))
 
 
 @dataclass(frozen=True)

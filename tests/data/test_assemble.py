@@ -6,12 +6,13 @@ import pytest
 import torch
 from made import document, kept_source, png
 
-from mmtrain.data.assemble import FIELDS, NO_LABEL, Assembler, Failure
+from mmtrain.data.assemble import FIELDS, Assembler, Failure
 from mmtrain.data.batch import Batch
 from mmtrain.data.document import Document
 from mmtrain.data.images import decode
 from mmtrain.data.mixture import Mixture, OnePass, Source
 from mmtrain.data.pack import PackPlan, Plan
+from mmtrain.data.packed import NO_LABEL
 from mmtrain.data.rules import Rule, RuleOptions
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary
@@ -164,7 +165,8 @@ def test_an_empty_pack_is_padding_alone(vocabulary: Vocabulary, layout: Sequence
     source = kept_source("pages", [document("x", "a")], vocabulary, OPTIONS)
     assembler = Assembler(sources=[source], vocabulary=vocabulary, layout=layout, pack_tokens=8)
     batch, failures, documents = assembler.batch([PackPlan(5, ())])
-    assert batch.targets.weights["text"].sum() == 0 == batch.info.tokens == documents
+    assert batch.targets.weights["text"].sum() == 0 == batch.info.tokens
+    assert documents == {}
     assert not failures and batch.inputs.fields["lo"].tolist() == list(range(8))
 
 
@@ -176,7 +178,9 @@ def test_a_broken_picture_takes_its_document_out_and_leaves_the_others(
     batch, failures, documents = assembled(
         pages, vocabulary, layout, image_slots=3, with_pixels=with_pixels
     )
-    assert [(f.source, f.sample_id) for f in failures] == [("pages", "bad")] and documents == 3
+    assert [(f.source, f.sample_id) for f in failures] == [("pages", "bad")] and documents == {
+        "pages": 3
+    }
     assert batch.info.sample_ids == ("good", "z") and batch.info.images == 1
     (red,) = vocabulary.encode("red")
     assert red not in batch.inputs.fields["tokens"].tolist()

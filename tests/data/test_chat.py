@@ -11,7 +11,7 @@ from made import form_of, kept_source, png
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mmtrain.data.assemble import Assembler, labels_of, prompt_tokens, tokenize
+from mmtrain.data.assemble import Assembler, prompt_tokens, tokenize
 from mmtrain.data.batch import Batch
 from mmtrain.data.chat import (
     SYSTEM,
@@ -27,6 +27,7 @@ from mmtrain.data.chat import (
 from mmtrain.data.document import Document, DocumentLengths, Modality, Part, from_row, to_row
 from mmtrain.data.mixture import OnePass
 from mmtrain.data.pack import Cuts, Plan
+from mmtrain.data.packed import labels_of
 from mmtrain.data.picture import Learnt, contents, draw_pack
 from mmtrain.data.rules import Draw, Rule, RuleOptions, Selection, select, turns
 from mmtrain.data.shards import build_index, count, load_lengths, open_shards, write_shards

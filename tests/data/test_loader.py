@@ -14,7 +14,7 @@ from mmtrain.data import images
 from mmtrain.data.assemble import Assembler
 from mmtrain.data.batch import Batch
 from mmtrain.data.document import Document
-from mmtrain.data.loader import Loader, _take, heldout_batches
+from mmtrain.data.loader import Loader, Workers, _take, heldout_batches
 from mmtrain.data.mixture import Mixture, OnePass, Source
 from mmtrain.data.pack import Plan
 from mmtrain.data.rules import Rule, RuleOptions
@@ -39,7 +39,7 @@ def plan_of(draws: Mixture | OnePass, layout: SequenceFormat) -> Plan:
 
 @pytest.fixture
 def make(sources: list[Source], vocabulary: Vocabulary, layout: SequenceFormat) -> Make:
-    def build(**options: int) -> Loader:
+    def build(workers: int = 0, **options: int) -> Loader:
         assembler = Assembler(
             sources=sources,
             vocabulary=vocabulary,
@@ -49,7 +49,9 @@ def make(sources: list[Source], vocabulary: Vocabulary, layout: SequenceFormat) 
         )
         options.setdefault("micro_batch_packs", 1)
         plan = plan_of(Mixture(sources, seed=1), layout)
-        return Loader(plan, assembler, global_batch_packs=8, **options)  # type: ignore[arg-type]
+        return Loader(
+            plan, assembler, global_batch_packs=8, workers=Workers(count=workers), **options
+        )
 
     return build
 
@@ -154,7 +156,7 @@ def test_broken_pictures_are_counted_and_logged_once(
     loader = broken_loader(vocabulary, layout, share=0.01)
     for step in range(3):
         loader.step(step)
-    assert loader.failures == {("pages", "OSError"): loader.failures.total()}
+    assert loader.failures == {("pages", "truncated"): loader.failures.total()}
     assert loader.failures.total() >= 3 and len(caplog.records) == 1
     assert "source pages sample d" in caplog.text
 
@@ -178,7 +180,10 @@ def test_too_many_broken_pictures_end_the_run(
 ) -> None:
     loader = broken_loader(vocabulary, layout, share=0.002)
     with pytest.raises(
-        ContentError, match=r"of \d+ documents cannot be decoded \(pages OSError \d+\)"
+        ContentError,
+        match=r"source pages: \d+ of \d+ documents cannot be used \(truncated \d+; the last "
+        r"one: d\d+\).*"
+        r"raise data\.sources\.pages\.decode_failures",
     ):
         for step in range(20):
             loader.step(step)
@@ -195,8 +200,10 @@ def test_a_damaged_shard_reaches_the_rank_as_it_is(
     broken = [replace(source, documents=Damaged()) for source in sources]
     assembler = Assembler(sources=broken, vocabulary=vocabulary, layout=layout, pack_tokens=TOKENS)
     plan = plan_of(Mixture(broken, seed=0), layout)
-    loader = Loader(plan, assembler, global_batch_packs=1, micro_batch_packs=1, workers=workers)
-    with pytest.raises(ContentError, match="is damaged"):
+    loader = Loader(
+        plan, assembler, global_batch_packs=1, micro_batch_packs=1, workers=Workers(count=workers)
+    )
+    with pytest.raises(ContentError, match=r"^shard of document \d+ is damaged$"):
         loader.step(0)
 
 
@@ -216,8 +223,7 @@ def test_a_hanging_worker_is_a_fault_worth_a_retry(
         assembler,
         global_batch_packs=1,
         micro_batch_packs=1,
-        workers=1,
-        timeout_seconds=0.5,
+        workers=Workers(count=1, timeout_seconds=0.5),
     )
     with pytest.raises(StorageError, match="gone or hangs: DataLoader timed out"):
         loader.step(0)
@@ -276,3 +282,21 @@ def test_held_out_packs_come_once_and_every_rank_gets_as_many(
     assert len(samples) == len(set(samples)) == len(source.lengths)
     some = heldout_batches(plan, assembler, packs=2, micro_batch_packs=micro)
     assert sum(bool(batch.info.sample_ids) for batch in some) == -(-2 // micro)
+
+
+def test_what_torch_pins_is_the_same_batch_and_the_same_counts(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU nothing can be pinned, so a copy stands for it."""
+    loader = make()
+    made = loader.assembler.batch([loader.plan.pack(0)])
+    pinned: list[Tensor] = []
+
+    def copy(tensor: Tensor, *_: object) -> Tensor:
+        pinned.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(Tensor, "pin_memory", copy)
+    found = torch.utils.data._utils.pin_memory.pin_memory(made)
+    assert same(found.batch, made.batch) and found.planned == made.planned
+    assert any(tensor is made.batch.inputs.hidden for tensor in pinned)

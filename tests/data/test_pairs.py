@@ -57,7 +57,7 @@ def test_every_pack_is_one_picture_with_its_text(
     plan = plan_of(source, one_pass=True)
     assert plan.packs() == len(source.lengths)
     pairs, failures, planned = assembler_of(*world).batch([plan.pack(n) for n in range(5)])
-    assert not failures and planned == 5
+    assert not failures and planned == {"captions": 5}
     for number, prompt in enumerate(pairs.prompts):
         document = source.documents.document(number)
         text = next(part.text for part in document.parts if part.text)
@@ -111,7 +111,8 @@ def test_long_texts_are_left_out_and_padding_counts_nothing(
     assert kept == [n for n, text in enumerate(texts) if len(vocabulary.encode(text)) <= 5]
     assert 0 < len(kept) < len(texts)
     batch, _, planned = assembler_of(*world).batch([short.pack(0), PackPlan(9, ())])
-    assert batch.weights_N.tolist() == [1, 0] and planned == batch.info.images == 1
+    assert batch.weights_N.tolist() == [1, 0] and planned == {"captions": 1}
+    assert batch.info.images == 1
 
 
 def test_a_picture_is_cropped_to_its_middle_or_squashed() -> None:

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from mmtrain.data.chat import Content, Template, Turn, render, template_of
-from mmtrain.data.document import CHAT, Modality, Part
+from mmtrain.data.document import CHAT, Modality, Part, text_fault
 from mmtrain.data.ingest.chat_formats import FORMATS, Conversation, Reference, Said, detect
 from mmtrain.data.ingest.dropped import Dropped, Reason
 from mmtrain.data.ingest.files import SourceFile
@@ -124,6 +124,8 @@ def _check_text(conversation: Conversation) -> None:
             raise Dropped(
                 Reason.text, f"character {error.start + 1} of {text[:40]!r} is half a character"
             ) from error
+        if isinstance(part, str) and (fault := text_fault(text)):
+            raise Dropped(Reason.text, f"{text[:40]!r}: {fault}")
 
 
 def _found(path: Path, name: str) -> Path:

@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mmtrain.data.document import Part
+from mmtrain.data.document import MAX_TEXT, Part
 from mmtrain.data.ingest.dropped import Dropped, Reason
 from mmtrain.data.ingest.files import SourceFile, find_files
 from mmtrain.data.ingest.media import Media
 from mmtrain.data.vocabulary import Vocabulary
-
-MAX_CHARACTERS = 1 << 24  # of a text; the longest books have a tenth of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +142,8 @@ def text_of(value: Any, what: str) -> str:
     if not isinstance(value, str):
         found = "missing" if value is None else f"a {type(value).__name__}"
         raise Dropped(Reason.fields, f"{what} is {found}; wanted: text")
-    if len(value) > MAX_CHARACTERS:
-        raise Dropped(Reason.large, f"{what} has {len(value):,} characters, {MAX_CHARACTERS:,} go")
+    if len(value) > MAX_TEXT:
+        raise Dropped(Reason.large, f"{what} has {len(value):,} characters, {MAX_TEXT:,} go")
     if "\0" in value:
         raise Dropped(Reason.text, f"{what} holds a NUL, character {value.index(chr(0)) + 1}")
     try:
