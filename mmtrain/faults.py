@@ -8,7 +8,7 @@ import math
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from mmtrain import decoder_faults, evaluation_faults
+from mmtrain import data_faults, decoder_faults, evaluation_faults
 from mmtrain.data.lengths import folder_name
 from mmtrain.data.rules import Rule
 from mmtrain.data.vocabulary import ASSISTANT, USER, load_vocabulary
@@ -26,6 +26,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("data.pack_tokens", 2, math.inf),
     ("data.pack_images", 1, math.inf),
     ("data.window_documents", 1, math.inf),
+    ("data.plan_from_step", 0, math.inf),
     ("data.workers", 0, math.inf),
     ("data.decode_failures", 0, 1),
     ("optimizer.learning_rate", 0, math.inf),
@@ -292,11 +293,9 @@ def _sources(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "data.sources", "empty; name at least one, as in data.sources.pages.path=FOLDER"
         )
+    yield from data_faults.mixture(data)
     for place, source in _all_sources(recipe):
-        if not source.weight > 0:
-            yield Problem(
-                f"{place}.weight", f"found {source.weight}; allowed: above 0; null removes {place}"
-            )
+        yield from data_faults.weights(place, source)
         if not 0 <= source.image_first <= 1:
             yield Problem(f"{place}.image_first", f"found {source.image_first}; allowed: 0 to 1")
         if source.max_tokens > data.pack_tokens:

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from mmtrain import lineage
 from mmtrain import log as logs
 from mmtrain import recipe as recipes
 from mmtrain.checkpoint import store
@@ -25,7 +26,7 @@ from mmtrain.data.assemble import Assembler
 from mmtrain.data.batch import Batch
 from mmtrain.data.loader import Loader, heldout_batches
 from mmtrain.data.mixture import Mixture, OnePass, Source
-from mmtrain.data.pack import Mark, Plan
+from mmtrain.data.pack import Plan
 from mmtrain.data.picture import draw_pack
 from mmtrain.data.rules import RuleOptions
 from mmtrain.data.sources import open_source
@@ -53,7 +54,7 @@ from mmtrain.train.guard import Guard
 from mmtrain.train.metrics import Reporter, Work
 from mmtrain.train.optim import Filled, build_optimizer, choose, parameter_groups, used_groups
 from mmtrain.train.peak import peak_tflops
-from mmtrain.train.restore import newest_sound, restore
+from mmtrain.train.restore import newest_sound, restore, state_of
 from mmtrain.train.save import Saver, Target
 from mmtrain.train.signals import Listener
 from mmtrain.train.state import TrainState
@@ -106,12 +107,15 @@ def train(recipe: Recipe, watch: Watch) -> int:
             raise opened
         watch.admit(opened)
         start.passed("groups")
+        found = newest_sound(setting.folder / "checkpoints", mesh)
+        origin = mesh.gather(_examine_data(setting, found) if mesh.rank == 0 else None)[0]
+        if isinstance(origin, MmtrainError):
+            raise origin
         engine = build_engine(setting, mesh)
         start.passed("model")
-        root = setting.folder / "checkpoints"
         ema = Ema(engine, recipe.train.ema) if recipe.train.ema else None
-        found = newest_sound(root, mesh)
         state = restore(engine, ema, found) if found else TrainState()
+        lineage.adopt(state, recipe, origin)
         if found:
             log.info("goes on from %s", found)
         start.passed("checkpoint")
@@ -176,6 +180,19 @@ def _open_folder(setting: Setting, watch: Watch) -> int | MmtrainError:
         return watch.begin(_hash(setting.recipe), store.step_of(saved[-1]) if saved else 0)
     except MmtrainError as error:
         return error
+
+
+def _examine_data(setting: Setting, found: Path | None) -> dict[str, Any] | MmtrainError:
+    """What the plan of packs is made from, or why the run cannot be trained by it."""
+    recipe = setting.recipe
+    try:
+        sources = open_sources(setting, recipe.data.sources)
+        now = lineage.origin(recipe, sources, setting.layout.group_length)
+        state = TrainState() if found is None else state_of(found)
+        lineage.check(recipe, now, state, found or setting.folder)
+    except MmtrainError as error:
+        return error
+    return now
 
 
 def _hash(recipe: Recipe) -> str:
@@ -271,8 +288,11 @@ def open_sources(setting: Setting, configs: dict[str, SourceConfig]) -> list[Sou
                 max_images=config.max_images,
                 max_positions=config.max_tokens,
                 image_first=config.image_first,
+                overlong=config.overlong,
             ),
             weight=config.weight,
+            weight_steps={int(step): weight for step, weight in config.weight_steps.items()},
+            epochs=config.epochs,
             remote=config.remote,
         )
         for name, config in configs.items()
@@ -281,15 +301,25 @@ def open_sources(setting: Setting, configs: dict[str, SourceConfig]) -> list[Sou
 
 def make_plan(setting: Setting, draws: Mixture | OnePass) -> Plan:
     """The packs of some draws."""
-    data = setting.recipe.data
+    data, training = setting.recipe.data, isinstance(draws, Mixture)
     return Plan(
         draws,
         group_length=setting.layout.group_length,
         pack_tokens=data.pack_tokens,
         pack_images=data.pack_images,
         window_documents=data.window_documents,
-        seed=setting.recipe.seed,
+        seed=lineage.plan_seed(setting.recipe) if training else setting.recipe.seed,
+        packing=data.packing,
+        step_packs=setting.recipe.train.global_batch_packs,
+        first_step=data.plan_from_step if training else 0,
     )
+
+
+def make_mixture(recipe: Recipe, sources: Sequence[Source]) -> Mixture:
+    """The order of a run's documents."""
+    data = recipe.data
+    seed = lineage.plan_seed(recipe)
+    return Mixture(sources, seed=seed, shuffle=data.shuffle, by=data.weights_by)
 
 
 def _assembler(setting: Setting, mesh: Mesh, sources: list[Source]) -> Assembler:
@@ -309,9 +339,8 @@ def _assembler(setting: Setting, mesh: Mesh, sources: list[Source]) -> Assembler
 def _loader(setting: Setting, mesh: Mesh, state: TrainState) -> Loader[Batch]:
     recipe = setting.recipe
     sources = open_sources(setting, recipe.data.sources)
-    mixture = Mixture(sources, seed=recipe.seed, shuffle=recipe.data.shuffle)
-    plan = make_plan(setting, mixture)
-    plan.seek(Mark(state.plan_window, state.plan_first_pack))
+    plan = make_plan(setting, make_mixture(recipe, sources))
+    plan.seek(state.mark)
     return Loader(
         plan,
         _assembler(setting, mesh, sources),
@@ -369,9 +398,10 @@ def _parts(
         heldout=tuple(_heldout(setting, mesh)) if recipe.validate.every_steps else (),
         reporter=reporter,
         draw=(lambda batches: draws(batches[0])) if mesh.rank == 0 else None,
-        save=partial(_save, saver, loader),
+        save=partial(_save, saver, loader, state.plan_origin),
         saver=saver,
         guard=Guard(recipe.watch, saver, reporter, partial(restore, engine, ema)),
+        samples=partial(_samples, mesh, reporter) if recipe.log.samples else None,
         ema=ema,
         evaluate=_evaluation(setting, mesh, reporter),
     )
@@ -398,13 +428,24 @@ def _decoder_parts(
         heldout=tuple(job.heldout()) if recipe.validate.every_steps else (),
         reporter=reporter,
         draw=None,
-        save=partial(_save, saver, loader),
+        save=partial(_save, saver, loader, state.plan_origin),
         saver=saver,
         guard=Guard(recipe.watch, saver, reporter, partial(restore, engine, ema)),
+        samples=partial(_samples, mesh, reporter) if recipe.log.samples else None,
         ema=ema,
         sketch=job.sketcher(engine, ema, setting.shapes, setting.folder / "samples"),
         evaluate=_evaluation(setting, mesh, reporter),
     )
+
+
+def _samples(
+    mesh: Mesh, reporter: Reporter | None, step: int, batches: Sequence[Batch] | None
+) -> None:
+    """Keep the sample ids of a step in the order of its packs; a collective."""
+    own = [] if mesh.pipeline or mesh.tensor or batches is None else batches
+    seen = mesh.gather([(batch.info.pack_numbers, batch.info.sample_ids) for batch in own])
+    if reporter is not None:
+        reporter.samples(step, sorted(entry for rank in seen for entry in rank))
 
 
 def _evaluation(
@@ -439,10 +480,12 @@ def _saver(setting: Setting, engine: Engine, ema: Ema | None, reporter: Reporter
     return Saver(engine, ema, target, recipe.save.background, report)
 
 
-def _save(saver: Saver, loader: Loader[Any] | None, state: TrainState) -> None:
+def _save(
+    saver: Saver, loader: Loader[Any] | None, origin: dict[str, Any], state: TrainState
+) -> None:
     if loader is not None:
-        mark = loader.mark(state.data_step)
-        state.plan_window, state.plan_first_pack = mark.window, mark.first_pack
+        state.plan_origin = origin
+        state.mark = loader.mark(state.data_step)
     saver.save(state)
 
 
@@ -470,7 +513,7 @@ def look(recipe: Recipe, packs: int, out: Path) -> int:
     """Draw the first packs of a recipe as PNG pictures into `out`."""
     setting = read_setting(recipe)
     sources = open_sources(setting, recipe.data.sources)
-    mixture = Mixture(sources, seed=recipe.seed, shuffle=recipe.data.shuffle)
+    mixture = make_mixture(recipe, sources)
     out.mkdir(parents=True, exist_ok=True)
     if recipe.phase is Phase.decoder:
         samples = Samples(recipe, setting.vocabulary, setting.layout, torch.device("cpu"))
@@ -482,7 +525,8 @@ def look(recipe: Recipe, packs: int, out: Path) -> int:
         layout=setting.layout,
         pack_tokens=recipe.data.pack_tokens,
     )
-    for number in range(packs):
+    first = recipe.data.plan_from_step * recipe.train.global_batch_packs
+    for number in range(first, first + packs):
         batch, failures, _ = assembler.batch([plan.pack(number)])
         path = out / f"pack-{number:05d}.png"
         draw_pack(batch, setting.vocabulary, setting.layout).save(path)

@@ -12,12 +12,12 @@ from torch import Tensor
 from mmtrain.data.batch import Batch
 from mmtrain.data.loader import Loader, heldout_batches
 from mmtrain.data.mixture import Mixture, OnePass, Source
-from mmtrain.data.pack import Mark
 from mmtrain.data.pairs import PairAssembler, PairPlan, Pairs
 from mmtrain.data.picture import draw_rows
 from mmtrain.decoder.conditions import Samples
 from mmtrain.decoder.sketches import Sketcher, look_of, text_of
 from mmtrain.errors import ExitCode
+from mmtrain.lineage import plan_seed
 from mmtrain.parallel.build import canonical_parameters
 from mmtrain.parallel.mesh import Mesh
 from mmtrain.settings import Recipe
@@ -48,9 +48,12 @@ class DecoderJob:
     def loader(self, state: TrainState) -> Loader[Pairs]:
         """Samples of this data rank from `state.data_step` on."""
         recipe = self.recipe
-        mixture = Mixture(self.sources, seed=recipe.seed, shuffle=recipe.data.shuffle)
+        data = recipe.data
+        mixture = Mixture(
+            self.sources, seed=plan_seed(recipe), shuffle=data.shuffle, by=data.weights_by
+        )
         plan = self.samples.plan(mixture)
-        plan.seek(Mark(state.plan_window, state.plan_first_pack))
+        plan.seek(state.mark)
         return Loader(
             plan,
             self.samples.assembler(self.sources, recipe.decoder.drop),

@@ -1,0 +1,49 @@
+"""What is wrong with weights, epochs and packing of a recipe's sources."""
+
+import math
+from collections.abc import Iterator
+
+from mmtrain.errors import Problem
+from mmtrain.schema import join
+from mmtrain.settings import DataConfig, SourceConfig
+
+
+def weights(place: str, source: SourceConfig) -> Iterator[Problem]:
+    """Faults of one source, `place` being its key."""
+    steps = source.weight_steps
+    if not 0 <= source.weight < math.inf or (source.weight == 0 and not steps):
+        yield Problem(
+            f"{place}.weight",
+            f"found {source.weight}; allowed: above 0 (0 only with weight_steps, until one of "
+            f"them holds); null removes {place}",
+        )
+    for step, weight in steps.items():
+        if not step.isdecimal() or not 0 <= weight < math.inf:
+            yield Problem(
+                join(f"{place}.weight_steps", step),
+                f"found {weight}; wanted: a step number and a weight of 0 or more, as in "
+                "{10000: 0.5}",
+            )
+    if source.epochs is not None and not 0 < source.epochs < math.inf:
+        yield Problem(
+            f"{place}.epochs", f"found {source.epochs}; allowed: above 0, or null for no end"
+        )
+
+
+def mixture(data: DataConfig) -> Iterator[Problem]:
+    """Faults of all training sources together."""
+    sources = data.sources.values()
+    if any(not step.isdecimal() for source in sources for step in source.weight_steps):
+        return  # reported by source
+    for step in sorted({0, *(int(step) for source in sources for step in source.weight_steps)}):
+        if sources and not any(weight_at(source, step) > 0 for source in sources):
+            yield Problem(
+                "data.sources", f"every weight is 0 from step {step} on; give one source a weight"
+            )
+
+
+def weight_at(source: SourceConfig, step: int) -> float:
+    """Weight of a source at a step."""
+    steps = {int(begin): weight for begin, weight in source.weight_steps.items()}
+    passed = [begin for begin in steps if begin <= step]
+    return steps[max(passed)] if passed else source.weight
