@@ -33,6 +33,8 @@ def weights(place: str, source: SourceConfig) -> Iterator[Problem]:
 def mixture(data: DataConfig) -> Iterator[Problem]:
     """Faults of all training sources together."""
     sources = data.sources.values()
+    if not any(source.weight_steps for source in sources):
+        return  # a weight of 0 is reported by source
     if any(not step.isdecimal() for source in sources for step in source.weight_steps):
         return  # reported by source
     for step in sorted({0, *(int(step) for source in sources for step in source.weight_steps)}):

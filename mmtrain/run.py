@@ -18,18 +18,16 @@ from typing import Any
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from mmtrain import lineage
+from mmtrain import lineage, supply
 from mmtrain import log as logs
 from mmtrain import recipe as recipes
 from mmtrain.checkpoint import store
 from mmtrain.data.assemble import Assembler
 from mmtrain.data.batch import Batch
 from mmtrain.data.loader import Loader, heldout_batches
-from mmtrain.data.mixture import Mixture, OnePass, Source
+from mmtrain.data.mixture import Draws, OnePass, Source
 from mmtrain.data.pack import Plan
 from mmtrain.data.picture import draw_pack
-from mmtrain.data.rules import RuleOptions
-from mmtrain.data.sources import open_source
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.decoder.conditions import Samples
@@ -190,6 +188,11 @@ def _examine_data(setting: Setting, found: Path | None) -> dict[str, Any] | Mmtr
         now = lineage.origin(recipe, sources, setting.layout.group_length)
         state = TrainState() if found is None else state_of(found)
         lineage.check(recipe, now, state, found or setting.folder)
+        if recipe.phase is not Phase.decoder:
+            lineage.adopt(state, recipe, now)
+            plan = make_plan(setting, supply.mixture_of(recipe, sources))
+            plan.seek(state.mark)
+            supply.check(recipe, plan, state.step, state.data_step)
     except MmtrainError as error:
         return error
     return now
@@ -278,48 +281,12 @@ def _accumulation(recipe: Recipe, dims: ParallelDims) -> int:
 
 def open_sources(setting: Setting, configs: dict[str, SourceConfig]) -> list[Source]:
     """Shards and length index of every source, in the order of the recipe."""
-    return [
-        open_source(
-            name,
-            Path(config.path),
-            setting.vocabulary,
-            RuleOptions(
-                rule=config.rule,
-                max_images=config.max_images,
-                max_positions=config.max_tokens,
-                image_first=config.image_first,
-                overlong=config.overlong,
-            ),
-            weight=config.weight,
-            weight_steps={int(step): weight for step, weight in config.weight_steps.items()},
-            epochs=config.epochs,
-            remote=config.remote,
-        )
-        for name, config in configs.items()
-    ]
+    return supply.open_sources(configs, setting.vocabulary)
 
 
-def make_plan(setting: Setting, draws: Mixture | OnePass) -> Plan:
+def make_plan(setting: Setting, draws: Draws) -> Plan:
     """The packs of some draws."""
-    data, training = setting.recipe.data, isinstance(draws, Mixture)
-    return Plan(
-        draws,
-        group_length=setting.layout.group_length,
-        pack_tokens=data.pack_tokens,
-        pack_images=data.pack_images,
-        window_documents=data.window_documents,
-        seed=lineage.plan_seed(setting.recipe) if training else setting.recipe.seed,
-        packing=data.packing,
-        step_packs=setting.recipe.train.global_batch_packs,
-        first_step=data.plan_from_step if training else 0,
-    )
-
-
-def make_mixture(recipe: Recipe, sources: Sequence[Source]) -> Mixture:
-    """The order of a run's documents."""
-    data = recipe.data
-    seed = lineage.plan_seed(recipe)
-    return Mixture(sources, seed=seed, shuffle=data.shuffle, by=data.weights_by)
+    return supply.plan_of(setting.recipe, draws, setting.layout.group_length)
 
 
 def _assembler(setting: Setting, mesh: Mesh, sources: list[Source]) -> Assembler:
@@ -339,7 +306,7 @@ def _assembler(setting: Setting, mesh: Mesh, sources: list[Source]) -> Assembler
 def _loader(setting: Setting, mesh: Mesh, state: TrainState) -> Loader[Batch]:
     recipe = setting.recipe
     sources = open_sources(setting, recipe.data.sources)
-    plan = make_plan(setting, make_mixture(recipe, sources))
+    plan = make_plan(setting, supply.mixture_of(recipe, sources))
     plan.seek(state.mark)
     return Loader(
         plan,
@@ -513,7 +480,7 @@ def look(recipe: Recipe, packs: int, out: Path) -> int:
     """Draw the first packs of a recipe as PNG pictures into `out`."""
     setting = read_setting(recipe)
     sources = open_sources(setting, recipe.data.sources)
-    mixture = make_mixture(recipe, sources)
+    mixture = supply.mixture_of(recipe, sources)
     out.mkdir(parents=True, exist_ok=True)
     if recipe.phase is Phase.decoder:
         samples = Samples(recipe, setting.vocabulary, setting.layout, torch.device("cpu"))

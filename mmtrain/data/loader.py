@@ -117,7 +117,8 @@ class Loader(Generic[Made]):
         """The micro-batches of step `number`; cheap when steps follow each other.
 
         Raises:
-            ContentError: too many documents failed to decode, or a shard is damaged.
+            ContentError: too many documents failed to decode, a shard is damaged, or all sources
+                ran dry before the step was full.
             MissingError, StorageError: a shard cannot be had, or a worker died or hangs.
         """
         if self._results is None or number != self.next_step:
@@ -144,14 +145,21 @@ class Loader(Generic[Made]):
         return _results(self.assembler, self._work(step), self._workers, self._timeout_seconds)
 
     def _work(self, step: int) -> Iterator[_Work]:
-        while True:
+        while self.plan.pack((step + 1) * self._global - 1).documents:  # a step is whole
             for numbers in self.pack_numbers(step):
                 yield tuple(self.plan.pack(number) for number in numbers)
             step += 1
 
     def _next(self) -> Made:
         assert self._results is not None
-        batch, failures, documents = _take(self._results)
+        try:
+            batch, failures, documents = _take(self._results)
+        except StopIteration as end:
+            raise ContentError(
+                f"data.sources: {', '.join(self.plan.source_names)} have used up their epochs, and "
+                f"step {self.next_step + 1} cannot be filled; set train.steps={self.next_step}, or "
+                "allow more epochs (data.sources.NAME.epochs)"
+            ) from end
         self.documents += documents
         for failure in failures:
             kind = (failure.source, failure.reason)

@@ -164,6 +164,11 @@ class Plan:
         """Names of the sources, in the order of `PlannedDocument.source`."""
         return tuple(source.name for source in self.draws.sources)
 
+    @property
+    def first_pack(self) -> int:
+        """Number of the first pack."""
+        return self._begin.first_pack
+
     def pack(self, number: int) -> PackPlan:
         """Pack `number`; without documents past the end of finite draws.
 
@@ -190,6 +195,10 @@ class Plan:
         mark = max(mark, self._begin, key=lambda place: place.first_pack)  # 0 of a new run
         self._windows.clear()
         self._restart(mark)
+
+    def silence(self) -> None:
+        """Say nothing of what is cut and what runs dry: this plan only looks ahead."""
+        self._told = _NO_LIMIT
 
     def _restart(self, mark: Mark) -> None:
         if mark.window and not mark.cursor.draws:  # of a checkpoint that kept no cursor
@@ -242,7 +251,7 @@ class Plan:
         """Draw up to W documents and pack those that fill whole packs."""
         step = mark.first_pack // self._step_packs
         drawn: list[tuple[PlannedDocument | None, tuple[str, Cuts], Cursor]] = []
-        draws = self.draws.draw(mark.cursor, step, self._cost)
+        draws = self.draws.draw(mark.cursor, step, self.cost)
         for item, cursor in islice(draws, self._window_documents):
             planned, cuts = self._choose(item)
             drawn.append((planned, (self.draws.sources[item.source].name, cuts), cursor))
@@ -282,7 +291,8 @@ class Plan:
         draw = Draw(self._seed, "window", window)
         return [packs[index] for index in _shuffled(len(packs), draw)]
 
-    def _cost(self, item: DrawnDocument) -> int:
+    def cost(self, item: DrawnDocument) -> int:
+        """Positions that a document takes in a pack; 0 when its rule leaves nothing of it."""
         planned, _ = self._choose(item)
         return 0 if planned is None else planned.selection.positions
 
@@ -329,8 +339,8 @@ class Plan:
             if self.draws.is_dry(index, cursor) and not self.draws.is_dry(index, mark.cursor):
                 step = mark.first_pack // self._step_packs
                 log.warning(
-                    "source %s ran dry at step %d after %g epochs (%d documents); its share goes "
-                    "to the other sources",
+                    "source %s ran dry in the window of step %d, after %g epochs (%d documents); "
+                    "its share goes to the other sources",
                     source.name,
                     step + 1,
                     source.epochs,

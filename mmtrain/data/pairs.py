@@ -75,7 +75,7 @@ class PairPlan(Plan):
 
     def pairs(self, start: int, stop: int) -> list[PlannedDocument]:
         """The pairs among draws [start, stop), in order."""
-        drawn = islice(self.draws.draw(Cursor(start), 0, self._cost), stop - start)
+        drawn = islice(self.draws.draw(Cursor(start), 0, self.cost), stop - start)
         documents = [self._choose(item)[0] for item, _ in drawn]
         return [document for document in documents if document and self._is_pair(document)]
 

@@ -17,10 +17,10 @@ from mmtrain.data.picture import draw_rows
 from mmtrain.decoder.conditions import Samples
 from mmtrain.decoder.sketches import Sketcher, look_of, text_of
 from mmtrain.errors import ExitCode
-from mmtrain.lineage import plan_seed
 from mmtrain.parallel.build import canonical_parameters
 from mmtrain.parallel.mesh import Mesh
 from mmtrain.settings import Recipe
+from mmtrain.supply import mixture_of
 from mmtrain.train.ema import Ema, local_part
 from mmtrain.train.engine import Engine
 from mmtrain.train.loop import Heldout
@@ -48,11 +48,7 @@ class DecoderJob:
     def loader(self, state: TrainState) -> Loader[Pairs]:
         """Samples of this data rank from `state.data_step` on."""
         recipe = self.recipe
-        data = recipe.data
-        mixture = Mixture(
-            self.sources, seed=plan_seed(recipe), shuffle=data.shuffle, by=data.weights_by
-        )
-        plan = self.samples.plan(mixture)
+        plan = self.samples.plan(mixture_of(recipe, self.sources))
         plan.seek(state.mark)
         return Loader(
             plan,
