@@ -34,6 +34,7 @@ from mmtrain.errors import ContentError
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: the least clustered steps
 _WRAP = (1 << 64) - 1
+_WAITS = -1.0  # the clock of a source without weight
 _CHUNK = 1 << 20  # draws counted at a time
 _BLOCK_DOCUMENTS = 1 << 18  # how far apart the shuffle carries documents of one shard
 
@@ -96,7 +97,8 @@ class Cursor:
     Attributes:
         draws: documents drawn so far.
         counts: of each source; empty at the beginning.
-        clocks: tokens / weight of each source, of a mixture by tokens; else empty.
+        clocks: tokens / weight of each source, of a mixture by tokens, -1 where one waits for a
+            weight; else empty.
     """
 
     draws: int = 0
@@ -215,12 +217,13 @@ class Mixture:
         return Cursor(cursor.draws, tuple(counts.tolist()))
 
     def _caught_up(self, cursor: Cursor, weights: Sequence[float]) -> list[float]:
-        """Clocks that begin near 0; a source without weight waits beside those that run."""
-        clocks = list(cursor.clocks) or [0.0] * len(self.sources)
+        """Clocks that begin near 0; a source that had no weight begins beside those that ran."""
+        clocks = list(cursor.clocks) or [_WAITS] * len(self.sources)
         running = self._active(cursor.counts, weights)
-        least = min((clocks[index] for index in running), default=0.0)
-        slots = range(len(clocks))
-        return [clocks[at] - least if at in running else 0.0 for at in slots]
+        least = min((clocks[at] for at in running if clocks[at] != _WAITS), default=0.0)
+        for at, clock in enumerate(clocks):
+            clocks[at] = 0.0 if clock == _WAITS else clock - least
+        return [clock if at in running else _WAITS for at, clock in enumerate(clocks)]
 
     def _active(self, counts: Sequence[int], weights: Sequence[float]) -> list[int]:
         """Sources that are drawn from.

@@ -7,8 +7,10 @@ no pack is left half empty; what is left begins the next window.
 Cost: some 10 us a document at 16 documents a pack and 256 at a time.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 
 from mmtrain.data.choices import Packing
 
@@ -17,6 +19,11 @@ Packs = list[list[int]]  # ascending indices into the sizes
 
 POOL = 10  # documents that wait for a partner (Unified-IO 2, arXiv:2312.17172, released code)
 _TRIES = 12  # ends of a window that are tried
+_EVEN = (1.1, 1.2)  # images of a pack over their mean, as near to 1 as it can be had
+_PARTNERS = 32  # packs with few images that are asked for an exchange
+_FULL = 0.98  # of the budgets: without some slack documents cannot be dealt out evenly
+_MANY = 16  # packs; then one more costs less than the slack is worth
+_SLACK = (0.985, 0.99, 0.995)
 _BLANK = -1  # no partner
 
 
@@ -40,12 +47,25 @@ def first_fit(sizes: Sequence[Size], budgets: Size) -> Packs:
     First-fit puts documents of one length together: a pack of clips, a pack of text. So its
     number of packs is kept, and documents are dealt out again, the largest first, each to the
     emptiest pack; every pack then holds the same mixture and ranks have the same work. Where that
-    does not fit, first-fit's packs stay.
+    does not fit, first-fit's packs stay, and those with many images exchange documents with others.
     """
+    if not sizes:
+        return []
     order = _decreasing(sizes, budgets)
     found = _first_fit(sizes, order, budgets)
-    even = _deal(sizes, order, budgets, len(found))
-    return [sorted(pack) for pack in even or found]
+    count = len(found)
+    totals = (sum(length for length, _ in sizes), sum(images for _, images in sizes))
+    if count >= _MANY:
+        count = max(count, math.ceil(_share(totals, budgets) / _FULL))
+    mean, largest = totals[1] / count, max(images for _, images in sizes)
+    even: Packs | None = None
+    for factor in _EVEN:
+        limited = (budgets[0], min(budgets[1], max(largest, math.ceil(factor * mean))))
+        even = even or _deal(sizes, _decreasing(sizes, limited), limited, count)
+    packs = even or _deal(sizes, order, budgets, count)
+    packs = packs or _loose(sizes, budgets, count) or found
+    _level(packs, sizes, budgets[0], _EVEN[0] * mean)
+    return [sorted(pack) for pack in packs]
 
 
 def _decreasing(sizes: Sequence[Size], budgets: Size) -> list[int]:
@@ -93,6 +113,78 @@ def _deal(sizes: Sequence[Size], order: Sequence[int], budgets: Size, count: int
     return packs
 
 
+def _loose(sizes: Sequence[Size], budgets: Size, count: int) -> Packs | None:
+    """So many packs at most, none filled to the brim: room for exchanges; None when that fails."""
+    longest = max(length for length, _ in sizes)
+    for share in _SLACK:
+        limited = (max(longest, int(share * budgets[0])), budgets[1])
+        loose = _first_fit(sizes, _decreasing(sizes, limited), limited)
+        if len(loose) <= count:
+            return loose
+    return None
+
+
+def _level(packs: Packs, sizes: Sequence[Size], tokens: int, images: float) -> None:
+    """Exchange documents until no pack has more images than asked for, or nothing fits."""
+    loads = [[sum(sizes[index][side] for index in pack) for side in (0, 1)] for pack in packs]
+    stuck: set[int] = set()
+    for _ in range(4 * len(packs)):
+        high = max(
+            (at for at in range(len(packs)) if at not in stuck),
+            key=lambda at: loads[at][1],
+            default=None,
+        )
+        if high is None or loads[high][1] <= images:
+            return
+        few = [at for at in range(len(packs)) if loads[at][1] < loads[high][1]]
+        lows = nsmallest(_PARTNERS, few, key=lambda at: loads[at][1])
+        lows += nsmallest(_PARTNERS, few, key=lambda at: loads[at][0])  # with most room
+        if not any(_exchange(packs, loads, sizes, tokens, (high, low)) for low in lows):
+            stuck.add(high)
+
+
+def _exchange(
+    packs: Packs,
+    loads: list[list[int]],
+    sizes: Sequence[Size],
+    tokens: int,
+    places: tuple[int, int],
+) -> bool:
+    """Give some documents of the first pack for one of the second, or for none.
+
+    Returns:
+        Whether some were found that fit and bring the packs' images nearer to each other.
+    """
+    high, low = places
+    half = (loads[high][1] - loads[low][1] + 1) // 2
+    dense = sorted(packs[high], key=lambda at: (-sizes[at][1] / max(1, sizes[at][0]), at))
+    best: tuple[int, list[int], int] = (0, [], _BLANK)
+    tries = [(taken, start) for taken in (_BLANK, *packs[low]) for start in range(len(dense))]
+    for taken, start in tries:
+        length, pictures = sizes[taken] if taken != _BLANK else (0, 0)
+        room, moved = length + tokens - loads[low][0], -pictures
+        given = []
+        for index in dense[start:]:
+            if sizes[index][0] <= room and moved + sizes[index][1] <= half:
+                given.append(index)
+                room, moved = room - sizes[index][0], moved + sizes[index][1]
+        kept = loads[low][0] + loads[high][0] - (tokens - room)  # what the first pack holds then
+        fits = kept <= tokens
+        if fits and moved > best[0]:
+            best = (moved, given, taken)
+    moved, given, taken = best
+    for source, target, indices in ((high, low, given), (low, high, [taken] if moved else [])):
+        for index in indices:
+            if index == _BLANK:
+                continue
+            packs[source].remove(index)
+            packs[target].append(index)
+            for side in (0, 1):
+                loads[source][side] -= sizes[index][side]
+                loads[target][side] += sizes[index][side]
+    return moved > 0
+
+
 def _whole_first_fit(sizes: Sequence[Size], budgets: Size, most: int) -> int:
     """The most documents that first-fit-decreasing puts into packs without a half empty one."""
     totals = (0, 0)
@@ -100,10 +192,10 @@ def _whole_first_fit(sizes: Sequence[Size], budgets: Size, most: int) -> int:
     for size in sizes:
         totals = (totals[0] + size[0], totals[1] + size[1])
         reached.append(_share(totals, budgets))
-    packs = min(int(reached[-1]), most)
+    packs = min(int(reached[-1] / _FULL), most)
     if packs == 0:
         return len(sizes)  # less than one pack: the look-ahead is too short to choose
-    count = sum(share <= packs for share in reached)
+    count = sum(share <= packs * _FULL for share in reached)
     step = max(1, len(sizes) // (4 * packs * _TRIES))  # the tries cover a quarter of a pack
     tried = 0
     while count > 1:
