@@ -4,13 +4,15 @@ A size is two numbers: (positions, images), or (encoder, decoder) of a model wit
 also says how many of the documents it sees fill whole packs, so that a window can end there and
 no pack is left half empty; what is left begins the next window.
 
-Cost: some 10 us a document at 16 documents a pack and 256 at a time.
+Cost: 50 to 300 us a document with its rules, on one core (docs/benchmarks.md).
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
+
+import numpy as np
 
 from mmtrain.data.choices import Packing
 
@@ -21,9 +23,9 @@ POOL = 10  # documents that wait for a partner (Unified-IO 2, arXiv:2312.17172, 
 _TRIES = 12  # ends of a window that are tried
 _EVEN = (1.1, 1.2)  # images of a pack over their mean, as near to 1 as it can be had
 _PARTNERS = 32  # packs with few images that are asked for an exchange
-_FULL = 0.98  # of the budgets: without some slack documents cannot be dealt out evenly
+_MOST_SLACK, _SLACK_OF_A_DOCUMENT = 0.025, 0.25  # of a pack; of a mean document
 _MANY = 16  # packs; then one more costs less than the slack is worth
-_SLACK = (0.985, 0.99, 0.995)
+_SLACK = (0.98, 0.985, 0.99)
 _BLANK = -1  # no partner
 
 
@@ -56,7 +58,7 @@ def first_fit(sizes: Sequence[Size], budgets: Size) -> Packs:
     count = len(found)
     totals = (sum(length for length, _ in sizes), sum(images for _, images in sizes))
     if count >= _MANY:
-        count = max(count, math.ceil(_share(totals, budgets) / _FULL))
+        count = max(count, math.ceil(_share(totals, budgets) / _full(sizes, budgets)))
     mean, largest = totals[1] / count, max(images for _, images in sizes)
     even: Packs | None = None
     for factor in _EVEN:
@@ -76,6 +78,12 @@ def _decreasing(sizes: Sequence[Size], budgets: Size) -> list[int]:
 def _share(size: Size, budgets: Size) -> float:
     """Of a pack: that of the budget which is nearer its end."""
     return max(size[0] / budgets[0], size[1] / budgets[1] if budgets[1] else 0.0)
+
+
+def _full(sizes: Sequence[Size], budgets: Size) -> float:
+    """How full packs are made: without some slack large documents cannot be dealt out evenly."""
+    mean = sum(_share(size, budgets) for size in sizes) / len(sizes)
+    return 1.0 - min(_MOST_SLACK, _SLACK_OF_A_DOCUMENT * mean)
 
 
 def _first_fit(sizes: Sequence[Size], order: Sequence[int], budgets: Size) -> Packs:
@@ -98,18 +106,16 @@ def _first_fit(sizes: Sequence[Size], order: Sequence[int], budgets: Size) -> Pa
 
 def _deal(sizes: Sequence[Size], order: Sequence[int], budgets: Size, count: int) -> Packs | None:
     """Each document to the pack that stays emptiest with it; None when one fits nowhere."""
-    used = [(0, 0)] * count
+    used_CS = np.zeros((count, 2))  # of C packs in both budgets S
+    budgets_S = np.array([budgets[0], max(1, budgets[1])], np.float64)
     packs: Packs = [[] for _ in range(count)]
     for index in order:
-        length, pictures = sizes[index]
-        load, place = min(
-            (_share((room + length, slots + pictures), budgets), at)
-            for at, (room, slots) in enumerate(used)
-        )
-        if load > 1.0:
+        loads_C = ((used_CS + sizes[index]) / budgets_S).max(axis=1)
+        place = int(loads_C.argmin())
+        if loads_C[place] > 1.0:
             return None
         packs[place].append(index)
-        used[place] = (used[place][0] + length, used[place][1] + pictures)
+        used_CS[place] += sizes[index]
     return packs
 
 
@@ -127,19 +133,22 @@ def _loose(sizes: Sequence[Size], budgets: Size, count: int) -> Packs | None:
 def _level(packs: Packs, sizes: Sequence[Size], tokens: int, images: float) -> None:
     """Exchange documents until no pack has more images than asked for, or nothing fits."""
     loads = [[sum(sizes[index][side] for index in pack) for side in (0, 1)] for pack in packs]
-    stuck: set[int] = set()
+    stuck: set[int] = set()  # until another pack has exchanged something
+    changed = False
     for _ in range(4 * len(packs)):
-        high = max(
-            (at for at in range(len(packs)) if at not in stuck),
-            key=lambda at: loads[at][1],
-            default=None,
-        )
-        if high is None or loads[high][1] <= images:
+        free = [at for at in range(len(packs)) if at not in stuck and loads[at][1] > images]
+        if not free and changed:
+            stuck, changed = set(), False
+            continue
+        if not free:
             return
+        high = max(free, key=lambda at: loads[at][1])
         few = [at for at in range(len(packs)) if loads[at][1] < loads[high][1]]
         lows = nsmallest(_PARTNERS, few, key=lambda at: loads[at][1])
         lows += nsmallest(_PARTNERS, few, key=lambda at: loads[at][0])  # with most room
-        if not any(_exchange(packs, loads, sizes, tokens, (high, low)) for low in lows):
+        if any(_exchange(packs, loads, sizes, tokens, (high, low)) for low in lows):
+            changed = True
+        else:
             stuck.add(high)
 
 
@@ -192,10 +201,11 @@ def _whole_first_fit(sizes: Sequence[Size], budgets: Size, most: int) -> int:
     for size in sizes:
         totals = (totals[0] + size[0], totals[1] + size[1])
         reached.append(_share(totals, budgets))
-    packs = min(int(reached[-1] / _FULL), most)
+    full = _full(sizes, budgets)
+    packs = min(int(reached[-1] / full), most)
     if packs == 0:
         return len(sizes)  # less than one pack: the look-ahead is too short to choose
-    count = sum(share <= packs * _FULL for share in reached)
+    count = sum(share <= packs * full for share in reached)
     step = max(1, len(sizes) // (4 * packs * _TRIES))  # the tries cover a quarter of a pack
     tried = 0
     while count > 1:
