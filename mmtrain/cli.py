@@ -147,6 +147,10 @@ def _check(arguments: Arguments) -> int:
         print(f"{arguments.recipe}\n\n{describe(seen.recipe)}\n")
     if seen.faults or seen.missing:
         raise RecipeError([*seen.faults, *seen.missing])
+    if seen.recipe is not None:
+        from mmtrain import supply
+
+        print(f"{supply.describe(seen.recipe)}\n")
     print("OK")
     return ExitCode.DONE
 

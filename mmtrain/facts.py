@@ -323,9 +323,12 @@ def _batch(recipe: Recipe) -> str:
 def _mixture(recipe: Recipe) -> str:
     sources: dict[str, Any] = recipe.data.sources
     total = sum(source.weight for source in sources.values())
-    return ", ".join(
-        f"{name} {s.weight / total:.1%} ({s.rule.name})" for name, s in sources.items()
+    shares = ", ".join(
+        f"{name} {s.weight / total if total else 0:.1%} ({s.rule.name})"
+        for name, s in sources.items()
     )
+    changing = any(s.weight_steps for s in sources.values())
+    return f"{shares}; of {recipe.data.weights_by.name}{', at step 0' if changing else ''}"
 
 
 def _product(shape: Sequence[int]) -> int:

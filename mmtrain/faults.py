@@ -5,11 +5,10 @@ full, so that `mmtrain.recipe` can drop those that follow from a key already rep
 """
 
 import math
-import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from mmtrain import decoder_faults, evaluation_faults
+from mmtrain import data_faults, decoder_faults, evaluation_faults
 from mmtrain.data.lengths import folder_name
 from mmtrain.data.rules import Rule
 from mmtrain.data.vocabulary import ASSISTANT, USER, load_vocabulary
@@ -27,6 +26,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("data.pack_tokens", 2, math.inf),
     ("data.pack_images", 1, math.inf),
     ("data.window_documents", 1, math.inf),
+    ("data.plan_from_step", 0, math.inf),
     ("data.workers", 0, math.inf),
     ("data.prefetch", 1, math.inf),
     ("data.decode_failures", 0, 1),
@@ -295,22 +295,9 @@ def _sources(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "data.sources", "empty; name at least one, as in data.sources.pages.path=FOLDER"
         )
+    yield from data_faults.mixture(data)
     for place, source in _all_sources(recipe):
-        if source.remote is not None and re.match(r"[^/@]*://[^/@]*:[^/@]*@", source.remote):
-            yield Problem(
-                f"{place}.remote",
-                "holds a password, which the run would write into its recipe.yaml and its log; "
-                "leave it out: sftp:// takes the key file that COMPOSER_SFTP_KEY_FILE names, the "
-                "others the credentials of their own tools",
-            )
-        if not source.weight > 0:
-            yield Problem(
-                f"{place}.weight", f"found {source.weight}; allowed: above 0; null removes {place}"
-            )
-        if not 0 <= (source.decode_failures or 0) <= 1:
-            yield Problem(
-                f"{place}.decode_failures", f"found {source.decode_failures}; allowed: 0 to 1"
-            )
+        yield from data_faults.source_faults(place, source)
         if not 0 <= source.image_first <= 1:
             yield Problem(f"{place}.image_first", f"found {source.image_first}; allowed: 0 to 1")
         if source.max_tokens > data.pack_tokens:

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import torch
 
-from mmtrain import run
+from mmtrain import run, supply
 from mmtrain.data.assemble import Assembler
 from mmtrain.data.look import make_folder, open_board, show
-from mmtrain.data.mixture import Mixture
 from mmtrain.data.picture import draw_pack
 from mmtrain.decoder.conditions import Samples
 from mmtrain.decoder.job import look_at_pairs
@@ -19,7 +18,7 @@ def look(recipe: Recipe, packs: int, out: Path, board: Path | None = None) -> in
     """Draw the first packs of a recipe as PNG pictures into `out`, and for TensorBoard."""
     setting = run.read_setting(recipe)
     sources = run.open_sources(setting, recipe.data.sources)
-    mixture = Mixture(sources, seed=recipe.seed, shuffle=recipe.data.shuffle)
+    mixture = supply.mixture_of(recipe, sources)
     make_folder(out)
     if recipe.phase is Phase.decoder:
         samples = Samples(recipe, setting.vocabulary, setting.layout, torch.device("cpu"))
@@ -32,7 +31,8 @@ def look(recipe: Recipe, packs: int, out: Path, board: Path | None = None) -> in
         pack_tokens=recipe.data.pack_tokens,
     )
     with open_board(board) as writer:
-        for number in range(packs):
+        first = recipe.data.plan_from_step * recipe.train.global_batch_packs
+        for number in range(first, first + packs):
             batch, failures, _ = assembler.batch([plan.pack(number)])
             path = out / f"pack-{number:05d}.png"
             page = draw_pack(batch, setting.vocabulary, setting.layout)

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,18 +18,16 @@ from typing import Any
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from mmtrain import lineage, supply
 from mmtrain import log as logs
 from mmtrain import recipe as recipes
 from mmtrain.checkpoint import store
 from mmtrain.data.assemble import Assembler
 from mmtrain.data.batch import Batch
-from mmtrain.data.cache import ShardCache
 from mmtrain.data.loader import Loader, Workers, heldout_batches
-from mmtrain.data.mixture import Mixture, OnePass, Source
-from mmtrain.data.pack import Mark, Plan
+from mmtrain.data.mixture import Draws, OnePass, Source
+from mmtrain.data.pack import Plan
 from mmtrain.data.picture import draw_pack
-from mmtrain.data.rules import RuleOptions
-from mmtrain.data.sources import open_source
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.decoder.conditions import Samples
@@ -54,7 +52,7 @@ from mmtrain.train.guard import Guard
 from mmtrain.train.metrics import Reporter, Work
 from mmtrain.train.optim import Filled, build_optimizer, choose, parameter_groups, used_groups
 from mmtrain.train.peak import peak_tflops
-from mmtrain.train.restore import newest_sound, restore
+from mmtrain.train.restore import newest_sound, restore, state_of
 from mmtrain.train.save import Saver, Target
 from mmtrain.train.signals import Listener
 from mmtrain.train.state import TrainState
@@ -107,12 +105,15 @@ def train(recipe: Recipe, watch: Watch) -> int:
             raise opened
         watch.admit(opened)
         start.passed("groups")
+        found = newest_sound(setting.folder / "checkpoints", mesh)
+        origin = mesh.gather(_examine_data(setting, found) if mesh.rank == 0 else None)[0]
+        if isinstance(origin, MmtrainError):
+            raise origin
         engine = build_engine(setting, mesh)
         start.passed("model")
-        root = setting.folder / "checkpoints"
         ema = Ema(engine, recipe.train.ema) if recipe.train.ema else None
-        found = newest_sound(root, mesh)
         state = restore(engine, ema, found) if found else TrainState()
+        lineage.adopt(state, recipe, origin)
         if found:
             log.info("goes on from %s", found)
         start.passed("checkpoint")
@@ -177,6 +178,24 @@ def _open_folder(setting: Setting, watch: Watch) -> int | MmtrainError:
         return watch.begin(_hash(setting.recipe), store.step_of(saved[-1]) if saved else 0)
     except MmtrainError as error:
         return error
+
+
+def _examine_data(setting: Setting, found: Path | None) -> dict[str, Any] | MmtrainError:
+    """What the plan of packs is made from, or why the run cannot be trained by it."""
+    recipe = setting.recipe
+    try:
+        sources = open_sources(setting, recipe.data.sources)
+        now = lineage.origin(recipe, sources, setting.layout.group_length)
+        state = TrainState() if found is None else state_of(found)
+        lineage.check(recipe, now, state, found or setting.folder)
+        if recipe.phase is not Phase.decoder:
+            lineage.adopt(state, recipe, now)
+            plan = make_plan(setting, supply.mixture_of(recipe, sources))
+            plan.seek(state.mark)
+            supply.check(recipe, plan, state.step, state.data_step)
+    except MmtrainError as error:
+        return error
+    return now
 
 
 def _hash(recipe: Recipe) -> str:
@@ -262,40 +281,12 @@ def _accumulation(recipe: Recipe, dims: ParallelDims) -> int:
 
 def open_sources(setting: Setting, configs: dict[str, SourceConfig]) -> list[Source]:
     """Shards and length index of every source, in the order of the recipe."""
-    data = setting.recipe.data
-    remotes = [s for table in (data.sources, data.heldout) for s in table.values() if s.remote]
-    folders = tuple(sorted({Path(source.path) for source in remotes}))
-    cache = ShardCache(folders, data.cache_bytes) if data.cache_bytes else None
-    return [
-        open_source(
-            name,
-            Path(config.path),
-            setting.vocabulary,
-            RuleOptions(
-                rule=config.rule,
-                max_images=config.max_images,
-                max_positions=config.max_tokens,
-                image_first=config.image_first,
-            ),
-            weight=config.weight,
-            remote=config.remote,
-            cache=cache if config.remote else None,
-        )
-        for name, config in configs.items()
-    ]
+    return supply.open_sources(setting.recipe.data, configs, setting.vocabulary)
 
 
-def make_plan(setting: Setting, draws: Mixture | OnePass) -> Plan:
+def make_plan(setting: Setting, draws: Draws) -> Plan:
     """The packs of some draws."""
-    data = setting.recipe.data
-    return Plan(
-        draws,
-        group_length=setting.layout.group_length,
-        pack_tokens=data.pack_tokens,
-        pack_images=data.pack_images,
-        window_documents=data.window_documents,
-        seed=setting.recipe.seed,
-    )
+    return supply.plan_of(setting.recipe, draws, setting.layout.group_length)
 
 
 def _assembler(setting: Setting, mesh: Mesh, sources: list[Source]) -> Assembler:
@@ -315,9 +306,8 @@ def _assembler(setting: Setting, mesh: Mesh, sources: list[Source]) -> Assembler
 def _loader(setting: Setting, mesh: Mesh, state: TrainState) -> Loader[Batch]:
     recipe = setting.recipe
     sources = open_sources(setting, recipe.data.sources)
-    mixture = Mixture(sources, seed=recipe.seed, shuffle=recipe.data.shuffle)
-    plan = make_plan(setting, mixture)
-    plan.seek(Mark(state.plan_window, state.plan_first_pack))
+    plan = make_plan(setting, supply.mixture_of(recipe, sources))
+    plan.seek(state.mark)
     return Loader(
         plan,
         _assembler(setting, mesh, sources),
@@ -388,9 +378,10 @@ def _parts(
         heldout=tuple(_heldout(setting, mesh)) if recipe.validate.every_steps else (),
         reporter=reporter,
         draw=(lambda batches: draws(batches[0])) if mesh.rank == 0 else None,
-        save=partial(_save, saver, loader),
+        save=partial(_save, saver, loader, state.plan_origin),
         saver=saver,
         guard=Guard(recipe.watch, saver, reporter, partial(restore, engine, ema)),
+        samples=partial(_samples, mesh, reporter) if recipe.log.samples else None,
         ema=ema,
         evaluate=_evaluation(setting, mesh, reporter),
     )
@@ -417,13 +408,24 @@ def _decoder_parts(
         heldout=tuple(job.heldout()) if recipe.validate.every_steps else (),
         reporter=reporter,
         draw=None,
-        save=partial(_save, saver, loader),
+        save=partial(_save, saver, loader, state.plan_origin),
         saver=saver,
         guard=Guard(recipe.watch, saver, reporter, partial(restore, engine, ema)),
+        samples=partial(_samples, mesh, reporter) if recipe.log.samples else None,
         ema=ema,
         sketch=job.sketcher(engine, ema, setting.shapes, setting.folder / "samples"),
         evaluate=_evaluation(setting, mesh, reporter),
     )
+
+
+def _samples(
+    mesh: Mesh, reporter: Reporter | None, step: int, batches: Sequence[Batch] | None
+) -> None:
+    """Keep the sample ids of a step in the order of its packs; a collective."""
+    own = [] if mesh.pipeline or mesh.tensor or batches is None else batches
+    seen = mesh.gather([(batch.info.pack_numbers, batch.info.sample_ids) for batch in own])
+    if reporter is not None:
+        reporter.samples(step, sorted(entry for rank in seen for entry in rank))
 
 
 def _evaluation(
@@ -458,10 +460,12 @@ def _saver(setting: Setting, engine: Engine, ema: Ema | None, reporter: Reporter
     return Saver(engine, ema, target, recipe.save.background, report)
 
 
-def _save(saver: Saver, loader: Loader[Any] | None, state: TrainState) -> None:
+def _save(
+    saver: Saver, loader: Loader[Any] | None, origin: dict[str, Any], state: TrainState
+) -> None:
     if loader is not None:
-        mark = loader.mark(state.data_step)
-        state.plan_window, state.plan_first_pack = mark.window, mark.first_pack
+        state.plan_origin = origin
+        state.mark = loader.mark(state.data_step)
     saver.save(state)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from mmtrain.data.choices import Overlong, Packing, WeightsBy
 from mmtrain.data.rules import Rule
 from mmtrain.ops.select import Preference
 
@@ -60,10 +61,14 @@ class SourceConfig:
 
     path: str  # local folder; with `remote`, the cache of its shards
     remote: str | None = None  # where shards are fetched from (s3://, gs://, https://, a folder)
-    weight: float = 1.0  # share of documents drawn, relative to the other sources
+    weight: float = 1.0  # its share, relative to the other sources; see data.weights_by
+    # optimizer step -> weight from there on, as in {10000: 0.5}; `weight` holds before
+    weight_steps: dict[str, float] = field(default_factory=dict)
+    epochs: float | None = None  # how often its documents may come; null = without end
     rule: Rule = Rule.document
     max_images: int = 5  # images (or frames) a sequence keeps
     max_tokens: int = 1024  # positions a sequence may take, image groups included
+    overlong: Overlong = Overlong.cut  # documents longer than that
     image_first: float = 0.5  # probability that an image stands before its text
     decode_failures: float | None = None  # share of bad samples; null = data.decode_failures
 
@@ -77,9 +82,14 @@ class DataConfig:
     heldout: dict[str, SourceConfig] = field(
         default_factory=dict
     )  # for validation, never trained on
+    weights_by: WeightsBy = WeightsBy.documents  # what the weights of sources are shares of
+    packing: Packing = Packing.first_fit
     pack_tokens: int = 2048  # positions of one pack
     pack_images: int = 8  # images of one pack at most
-    window_documents: int = 1024  # documents packed together at a time (look-ahead)
+    window_documents: int = 1024  # documents packed together at most (look-ahead)
+    # packs of this step and later are planned anew, in a new order: how a run goes on with other
+    # data, batch or pack sizes
+    plan_from_step: int = 0
     shuffle: bool = True
     workers: int = 2  # processes that decode images for each rank; 0 decodes in the rank
     prefetch: int = 2  # micro-batches that each worker makes ahead of the step
@@ -157,6 +167,7 @@ class LogConfig:
     every_steps: int = 1  # metrics.jsonl and TensorBoard scalars
     modules_every_steps: int = 50  # gradient norm per module; 0 = never
     images_every_steps: int = 500  # packed samples drawn with their text; 0 = never
+    samples: bool = False  # samples.jsonl: the sample ids of every step, in order
     peak_tflops: float = 0.0  # per device, for MFU; 0 = look the device up, measure on a CPU
 
 

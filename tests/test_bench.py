@@ -1,5 +1,6 @@
 """The tool behind docs/benchmarks.md runs and says what it promises."""
 
+import json
 import os
 import runpy
 import subprocess
@@ -57,3 +58,30 @@ def test_the_reader_is_measured_against_pillow_and_what_is_installed(
     rows = [line.split(" | ")[1] for line in done.stdout.splitlines() if line.startswith("| 64 px")]
     assert rows[:3] == ["mmtrain", "Pillow, resized", "Pillow, decoded"]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_packs_of_every_length_histogram_are_full_and_even(
+    repository: Path, tmp_path: Path
+) -> None:
+    """The floors of the table in docs/benchmarks.md, at the look-ahead of 256."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "tools/bench_packing.py", "--documents", "1200"),
+            *("--look-ahead", "256", "--json", str(tmp_path / "figures.json")),
+        ],
+        cwd=repository,
+        env=os.environ | {"TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert len([line for line in done.stdout.splitlines() if "| 256 |" in line]) == len(figures)
+    for documents in ("laion captions", "mmc4 pages", "all three, as 14b_pretrain", "demo"):
+        found = figures[f"{documents}/256/first_fit"]
+        assert found["fill"] >= 0.96 and found["images"] <= 1.25, (documents, found)
+        assert found["saved"] > 1.5, (documents, found)
+    assert figures["storyboards/256/first_fit"]["fill"] > 0.92  # 8 images each: 5 or 4 a pack
+    assert figures["mmc4 pages/256/first_fit"]["over_next_fit"] > 1.1

@@ -64,7 +64,7 @@ _STAND_INS: Sequence[tuple[type, str]] = [
 class _Ours:
     """What `write` has added to the model states; empty for folders of others."""
 
-    state: dict[str, int]
+    state: dict[str, Any]
     averaged: frozenset[str] = frozenset()
     still: frozenset[str] = frozenset()  # parameters without moments
 
@@ -186,7 +186,7 @@ def _ours(folder: Path, step: int | None) -> _Ours:
     content = load_frame(path)
     try:
         entry = content.get(OURS, {})
-        counts = {str(key): int(value) for key, value in entry.get("state", {}).items()}
+        counts = {str(key): _plain(value) for key, value in entry.get("state", {}).items()}
         counts["step"] = int(content["global_steps"]) if step is None else step
         averaged, still = (frozenset(map(str, entry.get(key, ()))) for key in ("averaged", "still"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -224,6 +224,15 @@ def _look_at_zero(folder: Path, model: Model, ours: _Ours, found: _Found) -> Non
 
 def _must_move(name: str, model: Model, ours: _Ours) -> bool:
     return model.is_trained(name) and name not in ours.still
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, words, lists and tables of them, as a manifest holds them."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return value if value is None or isinstance(value, (bool, str, float)) else int(value)
 
 
 def _kinds(state: str, model: Model, moves: bool) -> tuple[str, ...]:

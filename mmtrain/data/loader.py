@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from mmtrain.data import parcels
 from mmtrain.data.assemble import Failure, Item, Made
 from mmtrain.data.pack import Mark, PackPlan, Plan
 from mmtrain.errors import ContentError, MmtrainError, Problem, RecipeError, StorageError
@@ -54,17 +55,53 @@ class Workers:
 _Outcome = Made[Item] | MmtrainError
 
 
-class _Bench(Dataset[_Outcome[Item]], Generic[Item]):
-    """What a worker process does: packs in, micro-batch out, or why there is none."""
+class _Bench(Dataset[Any], Generic[Item]):
+    """What a worker process does: packs in, micro-batch out, or why there is none.
+
+    Tensors that torch hands over itself lie in named shared memory for a moment, which stays for
+    ever when a worker is killed in it (torch 2.14.1, about 1 of 20 kills); a pipe leaves nothing.
+    """
 
     def __init__(self, assembler: Assembles[Item]) -> None:
         self._assembler = assembler
 
-    def __getitem__(self, work: _Work) -> _Outcome[Item]:
+    def __getitem__(self, work: _Work) -> Any:
+        outcome: _Outcome[Item]
         try:
-            return self._assembler.batch(work)
+            outcome = self._assembler.batch(work)
         except MmtrainError as error:
-            return error  # raised in the rank: torch would make its message a traceback
+            outcome = error  # raised in the rank: torch would make its message a traceback
+        if get_worker_info() is None:
+            return _Kept(outcome)
+        return _Parcel(parcels.packed(outcome))
+
+
+@dataclass(frozen=True)
+class _Kept(Generic[Item]):
+    """A result in the rank; a DataLoader would look into a bare tuple."""
+
+    outcome: _Outcome[Item]
+
+    def pin_memory(self) -> "_Kept[Item]":
+        """The same with tensors in pinned memory (torch's DataLoader asks for this)."""
+        if isinstance(self.outcome, MmtrainError) or not hasattr(self.outcome.batch, "pin_memory"):
+            return self
+        return _Kept(self.outcome._replace(batch=self.outcome.batch.pin_memory()))
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """A result on its way from a worker."""
+
+    content: bytes
+
+    def unpacked(self) -> _Kept[Any]:
+        """What the worker made."""
+        return _Kept(parcels.unpacked(self.content))
+
+    def pin_memory(self) -> _Kept[Any]:
+        """The same, unpacked in the thread that pins."""
+        return self.unpacked().pin_memory()
 
 
 class Loader(Generic[Item]):
@@ -120,7 +157,7 @@ class Loader(Generic[Item]):
         if not isinstance(limits, Mapping):
             limits = dict.fromkeys(plan.source_names, limits)
         self._limits = limits
-        self._results: Iterator[_Outcome[Item]] | None = None
+        self._results: Iterator[Any] | None = None
 
     @property
     def micro_batches(self) -> int:
@@ -139,7 +176,8 @@ class Loader(Generic[Item]):
         """The micro-batches of step `number`; cheap when steps follow each other.
 
         Raises:
-            ContentError: too many documents of a source failed, or a shard is damaged.
+            ContentError: too many documents of a source failed, a shard is damaged, or all sources
+                ran dry before the step was full.
             MissingError, StorageError, ServiceError: a shard cannot be had, or a worker died or
                 hangs.
         """
@@ -163,22 +201,31 @@ class Loader(Generic[Item]):
         """End the worker processes."""
         self._results = None
 
-    def _start(self, step: int) -> Iterator[_Outcome[Item]]:
+    def _start(self, step: int) -> Iterator[Any]:
         return _results(self.assembler, self._work(step), self._workers)
 
     def _work(self, step: int) -> Iterator[_Work]:
-        while True:
+        while self.plan.pack((step + 1) * self._global - 1).documents:  # a step is whole
             for numbers in self.pack_numbers(step):
                 yield tuple(self.plan.pack(number) for number in numbers)
             step += 1
 
     def _next(self) -> Item:
         assert self._results is not None
-        made = _take(self._results)
+        made: Made[Item]
+        try:
+            made = _take(self._results)
+        except StopIteration as end:
+            raise ContentError(
+                f"data.sources: {', '.join(self.plan.source_names)} have used up their epochs, and "
+                f"step {self.next_step + 1} cannot be filled; set train.steps={self.next_step}, or "
+                "allow more epochs (data.sources.NAME.epochs)"
+            ) from end
         self.documents.update(made.planned)
         for failure in made.failures:
             self._count(failure)
-        return made.batch
+        batch: Item = made.batch
+        return batch
 
     def _count(self, failure: Failure) -> None:
         name, kind = failure.source, (failure.source, failure.reason)
@@ -246,10 +293,12 @@ def heldout_batches(
         yield made.batch
 
 
-def _take(results: Iterator[_Outcome[Item]]) -> Made[Item]:
+def _take(results: Iterator[Any]) -> Made[Any]:
     """The next result; a worker that died or hangs is a fault of the machine, worth a retry."""
     try:
-        result = next(results)
+        found = next(results)
+        kept = found.unpacked() if isinstance(found, _Parcel) else found
+        result: _Outcome[Any] = kept.outcome
     except RuntimeError as error:
         if not str(error).startswith("DataLoader"):  # torch 2.15: both messages begin so
             raise
@@ -263,9 +312,7 @@ def _take(results: Iterator[_Outcome[Item]]) -> Made[Item]:
     return result
 
 
-def _results(
-    assembler: Assembles[Item], work: Iterator[_Work], workers: Workers
-) -> Iterator[_Outcome[Item]]:
+def _results(assembler: Assembles[Item], work: Iterator[_Work], workers: Workers) -> Iterator[Any]:
     if workers.count:
         kill_workers_at_exit()
     loader: DataLoader[Any] = DataLoader(

@@ -11,6 +11,7 @@ C channels, h x w size of what is diffused
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor
 from mmtrain.data import images
 from mmtrain.data.assemble import Failure, Made, failure_of, planned_of, tokenize
 from mmtrain.data.batch import BatchInfo
+from mmtrain.data.choices import Packing
 from mmtrain.data.document import Document, Modality, SampleError
 from mmtrain.data.latents import Known, KnownSource
-from mmtrain.data.mixture import Draws, Source
+from mmtrain.data.mixture import Cursor, Draws, Source
 from mmtrain.data.pack import PackPlan, Plan, PlannedDocument
 from mmtrain.data.rules import Draw, TextPiece
 from mmtrain.data.tokens import SequenceFormat
@@ -43,6 +45,8 @@ class PairPlan(Plan):
         longest_text: int,
         window_documents: int,
         seed: int,
+        step_packs: int = 1,
+        first_step: int = 0,
     ) -> None:
         """Plan pairs of `draws`.
 
@@ -53,6 +57,8 @@ class PairPlan(Plan):
             longest_text: tokens; documents with more are left out; 0 = no limit.
             window_documents: documents planned together.
             seed: of everything that is drawn.
+            step_packs: pairs of one optimizer step.
+            first_step: the plan begins with its pairs.
         """
         super().__init__(
             draws,
@@ -61,13 +67,17 @@ class PairPlan(Plan):
             pack_images=1,
             window_documents=window_documents,
             seed=seed,
+            packing=Packing.pad,
+            step_packs=step_packs,
+            first_step=first_step,
         )
         self._longest_text = longest_text
 
     def pairs(self, start: int, stop: int) -> list[PlannedDocument]:
         """The pairs among draws [start, stop), in order."""
-        documents, _ = self._planned(self.draws.window(start, stop))
-        return [document for document in documents if self._is_pair(document)]
+        drawn = islice(self.draws.draw(Cursor(start), 0, self.cost), stop - start)
+        documents = [self._choose(item)[0] for item, _ in drawn]
+        return [document for document in documents if document and self._is_pair(document)]
 
     def _arrange(
         self, documents: list[PlannedDocument], window: int

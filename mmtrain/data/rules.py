@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from mmtrain.data.choices import Overlong
 from mmtrain.data.document import DocumentLengths, Modality, PartLength
 
 WRAPPER_POSITIONS = 2  # <s> and </s>
@@ -47,6 +48,7 @@ class RuleOptions:
         max_positions: length limit, image groups, `<s>` and `</s>` included.
         image_first: probability that an image stands before its text.
         frames: which frames of a clip are kept.
+        overlong: what becomes of documents beyond `max_positions` (a plan's matter).
     """
 
     rule: Rule
@@ -54,6 +56,7 @@ class RuleOptions:
     max_positions: int = 1024
     image_first: float = 0.5
     frames: FrameSampling = FrameSampling.random
+    overlong: Overlong = Overlong.cut
 
 
 @dataclass(frozen=True)

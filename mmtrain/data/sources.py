@@ -1,5 +1,6 @@
 """Opening a data source: its shards, its length index, its rule."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mmtrain.data.cache import ShardCache
@@ -16,6 +17,8 @@ def open_source(
     options: RuleOptions,
     *,
     weight: float = 1.0,
+    weight_steps: Mapping[int, float] | None = None,
+    epochs: float | None = None,
     remote: str | None = None,
     cache: ShardCache | None = None,
 ) -> Source:
@@ -26,7 +29,9 @@ def open_source(
         path: folder of the shards; with `remote`, the cache of its files.
         vocabulary: the tokenizer whose lengths are planned with.
         options: how documents become sequences.
-        weight: share of documents, relative to the other sources.
+        weight: its share, relative to the other sources.
+        weight_steps: optimizer step -> weight from there on.
+        epochs: how often its documents may come; None = without end.
         remote: where files are fetched from (s3://, gs://, https://, ..., a folder).
         cache: bounds what `path` and the caches of other sources hold.
 
@@ -37,4 +42,12 @@ def open_source(
     """
     shards = open_shards(path, remote, cache)
     lengths = load_lengths(shards, vocabulary)
-    return Source(name=name, lengths=lengths, documents=shards, options=options, weight=weight)
+    return Source(
+        name=name,
+        lengths=lengths,
+        documents=shards,
+        options=options,
+        weight=weight,
+        weight_steps=dict(weight_steps or {}),
+        epochs=epochs,
+    )

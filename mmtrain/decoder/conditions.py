@@ -23,7 +23,7 @@ from mmtrain.checkpoint import portable
 from mmtrain.data import latents
 from mmtrain.data.batch import Batch, Targets
 from mmtrain.data.latents import Cache, Form, Known, KnownSource, Origin
-from mmtrain.data.mixture import Draws, Source
+from mmtrain.data.mixture import Draws, Mixture, Source
 from mmtrain.data.pairs import PairAssembler, PairPlan, Pairs, cropped, squashed
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary
@@ -31,6 +31,7 @@ from mmtrain.decoder_faults import recipe_of_language
 from mmtrain.encoders import vae as vaes
 from mmtrain.encoders.vae import Vae
 from mmtrain.errors import ContentError
+from mmtrain.lineage import plan_seed
 from mmtrain.models.emu.decoder import LOSS, UNetConfig
 from mmtrain.models.emu.diffusion import Diffusion
 from mmtrain.models.emu.generate import EmuSampler, Prompt
@@ -200,14 +201,16 @@ class Samples:
 
     def plan(self, draws: Draws) -> PairPlan:
         """The samples of some draws, in order."""
-        data = self.recipe.data
+        data, training = self.recipe.data, isinstance(draws, Mixture)
         return PairPlan(
             draws,
             group_length=self.layout.group_length,
             pack_tokens=data.pack_tokens,
             longest_text=self.config.longest_text,
             window_documents=data.window_documents,
-            seed=self.recipe.seed,
+            seed=plan_seed(self.recipe) if training else self.recipe.seed,
+            step_packs=self.recipe.train.global_batch_packs,
+            first_step=data.plan_from_step if training else 0,
         )
 
     def assembler(self, sources: Sequence[Source], drop: float) -> PairAssembler:

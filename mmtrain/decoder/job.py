@@ -12,7 +12,6 @@ from torch import Tensor
 from mmtrain.data.batch import Batch
 from mmtrain.data.loader import Loader, Workers, heldout_batches
 from mmtrain.data.mixture import Mixture, OnePass, Source
-from mmtrain.data.pack import Mark
 from mmtrain.data.pairs import PairAssembler, PairPlan, Pairs
 from mmtrain.data.picture import draw_rows
 from mmtrain.decoder.conditions import Samples
@@ -21,6 +20,7 @@ from mmtrain.errors import ExitCode
 from mmtrain.parallel.build import canonical_parameters
 from mmtrain.parallel.mesh import Mesh
 from mmtrain.settings import Recipe
+from mmtrain.supply import mixture_of
 from mmtrain.train.ema import Ema, local_part
 from mmtrain.train.engine import Engine
 from mmtrain.train.loop import Heldout
@@ -48,9 +48,8 @@ class DecoderJob:
     def loader(self, state: TrainState) -> Loader[Pairs]:
         """Samples of this data rank from `state.data_step` on."""
         recipe = self.recipe
-        mixture = Mixture(self.sources, seed=recipe.seed, shuffle=recipe.data.shuffle)
-        plan = self.samples.plan(mixture)
-        plan.seek(Mark(state.plan_window, state.plan_first_pack))
+        plan = self.samples.plan(mixture_of(recipe, self.sources))
+        plan.seek(state.mark)
         return Loader(
             plan,
             self.samples.assembler(self.sources, recipe.decoder.drop),

@@ -65,6 +65,7 @@ class Parts:
         save: begins a checkpoint of a state; a collective.
         saver: commits it.
         guard: looks after the numbers of every step.
+        samples: keeps what a step was made of; a collective; None when that is not asked for.
         evaluate: asks a checkpoint the tasks of the recipe; a collective; None when it is not due
             while training.
     """
@@ -77,6 +78,7 @@ class Parts:
     save: Callable[[TrainState], None]
     saver: Saver
     guard: Guard
+    samples: Callable[[int, Sequence[Batch] | None], None] | None = None
     evaluate: Callable[[Path, Listener], None] | None = None
     ema: Ema | None = None
     sketch: Callable[[int], Image | None] | None = None
@@ -101,6 +103,8 @@ def run(parts: Parts, plan: Plan, state: TrainState, watch: Watch) -> TrainState
         report = engine.train_step(batches, factor)
         report = replace(report, seconds=report.seconds + waited, data_seconds=waited)
         state.advance(report)
+        if parts.samples is not None:
+            parts.samples(number, batches)
         if parts.ema is not None and report.skipped is None:
             parts.ema.update(number)
         if reporter is not None:

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -25,6 +25,7 @@ from mmtrain.train.state import LossSums, StepReport, TrainState
 log = logging.getLogger(__name__)
 
 _LINE_SECONDS = 10.0
+_SAMPLES = "samples.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +91,9 @@ class Reporter:
 
     def _begin(self, step: int) -> None:
         path = self.folder / "metrics.jsonl"
-        kept = _lines_until(path, step)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.rename(path)
+        _cut(path, step)
+        if (self.folder / _SAMPLES).exists():
+            _cut(self.folder / _SAMPLES, step)
         self._lines = path.open("a", buffering=1)
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
@@ -150,6 +150,15 @@ class Reporter:
             tokens_per_second,
             mfu,
         )
+
+    def samples(
+        self, step: int, batches: Sequence[tuple[tuple[int, ...], tuple[str, ...]]]
+    ) -> None:
+        """Add a line to `samples.jsonl`: packs and sample ids of a step, all ranks together."""
+        packs = [number for numbers, _ in batches for number in numbers]
+        names = [name for _, names in batches for name in names]
+        with (self.folder / _SAMPLES).open("a") as file:
+            file.write(json.dumps({"step": step, "packs": packs, "samples": names}) + "\n")
 
     def _level(self, step: int) -> int:
         """Every step goes to the log file; a terminal without a bar gets a line now and then."""
@@ -230,6 +239,13 @@ def _group(key: str) -> str:
     if key in ("grad_norm", "learning_rate", "skipped"):
         return "optimizer"
     return "work" if key in ("mfu", "peak_tflops") else "throughput"
+
+
+def _cut(path: Path, step: int) -> None:
+    """Leave out lines after a step."""
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(_lines_until(path, step)))
+    partial.rename(path)
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

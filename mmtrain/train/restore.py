@@ -78,6 +78,16 @@ def restore(engine: Engine, ema: Ema | None, folder: Path) -> TrainState:
     with torch.no_grad():
         for part in held(engine, ema):
             _fill(part, pieces, mesh)
+    return state_of(folder)
+
+
+def state_of(folder: Path) -> TrainState:
+    """What a checkpoint knows besides weights.
+
+    Raises:
+        ContentError: it knows more than this version does.
+    """
+    manifest = Manifest.read(folder)
     known = {field.name for field in fields(TrainState)}
     if strange := set(manifest.state) - known:
         raise ContentError(f"{folder}: state {sorted(strange)} is of a newer mmtrain; update it")

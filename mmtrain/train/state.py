@@ -1,6 +1,10 @@
 """What a run knows besides its weights: where it is, and what a step gave."""
 
 from dataclasses import dataclass, field
+from typing import Any
+
+from mmtrain.data.mixture import Cursor
+from mmtrain.data.pack import Mark
 
 
 @dataclass
@@ -13,11 +17,28 @@ class TrainState:
     plan_window: int = 0  # where the next step begins in the plan of packs, so that a resumed
     plan_first_pack: int = 0  # run need not plan what lies before
     batches_skipped: int = 0  # batches that rollbacks left out, up to here
+    plan_draws: int = 0  # `data.mixture.Cursor` of that window; 0 in older checkpoints
+    plan_counts: list[int] = field(default_factory=list)
+    plan_clocks: list[float] = field(default_factory=list)
+    # what the plan was made from, by recipe key (`mmtrain.lineage`); empty in older checkpoints
+    plan_origin: dict[str, Any] = field(default_factory=dict)
 
     @property
     def data_step(self) -> int:
         """Number of the next batch in the order of the data."""
         return self.step + self.batches_skipped
+
+    @property
+    def mark(self) -> Mark:
+        """Where the next step begins in the plan of packs."""
+        cursor = Cursor(self.plan_draws, tuple(self.plan_counts), tuple(self.plan_clocks))
+        return Mark(self.plan_window, self.plan_first_pack, cursor)
+
+    @mark.setter
+    def mark(self, mark: Mark) -> None:
+        self.plan_window, self.plan_first_pack = mark.window, mark.first_pack
+        self.plan_draws = mark.cursor.draws
+        self.plan_counts, self.plan_clocks = list(mark.cursor.counts), list(mark.cursor.clocks)
 
     def advance(self, report: "StepReport") -> None:
         """Count one finished step."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmtrain.data.choices import Overlong
 from mmtrain.data.document import Document, DocumentLengths, Modality, Part, PartLength
 from mmtrain.data.images import encode_png
 from mmtrain.data.lengths import collect
@@ -32,6 +33,10 @@ def lengths_source(
     weight: float = 1.0,
     rule: Rule = Rule.document,
     shard: int = 16,
+    weight_steps: dict[int, float] | None = None,
+    epochs: float | None = None,
+    overlong: Overlong = Overlong.cut,
+    positions: int = 4096,
 ) -> Source:
     """A source of documents with (text tokens, images) each, known by their lengths alone."""
     documents = [
@@ -44,8 +49,15 @@ def lengths_source(
     ]
     shards = [min(shard, len(sizes) - start) for start in range(0, len(sizes), shard)]
     lengths = collect(documents, fingerprint="f", dataset="d", shard_sizes=shards)
-    options = RuleOptions(rule=rule, max_images=8, max_positions=4096)
-    return Source(name=name, lengths=lengths, documents=Unread(), options=options, weight=weight)
+    return Source(
+        name=name,
+        lengths=lengths,
+        documents=Unread(),
+        options=RuleOptions(rule=rule, max_images=8, max_positions=positions, overlong=overlong),
+        weight=weight,
+        weight_steps=weight_steps or {},
+        epochs=epochs,
+    )
 
 
 class Kept:

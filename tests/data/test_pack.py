@@ -1,6 +1,7 @@
 """A plan is a pure function: budgets hold, nothing is lost or repeated, any order of asking."""
 
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice, takewhile
 
 import pytest
@@ -8,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import lengths_source
 
-from mmtrain.data.mixture import Mixture, OnePass, Source
-from mmtrain.data.pack import PackPlan, Plan, fit
+from mmtrain.data.mixture import Cost, Cursor, DrawnDocument, Mixture, OnePass, Source
+from mmtrain.data.pack import PackPlan, Plan
+from mmtrain.data.packing import first_fit
 from mmtrain.data.rules import Draw, Rule
 from mmtrain.errors import ContentError
 
@@ -52,7 +54,7 @@ def demo_sources() -> list[Source]:
 def test_packing_loses_nothing_and_exceeds_no_budget(
     sizes: Sizes, tokens: int, images: int
 ) -> None:
-    packs = fit(sizes, tokens, images)
+    packs = first_fit(sizes, (tokens, images))
     assert sorted(index for pack in packs for index in pack) == list(range(len(sizes)))
     for pack in packs:
         assert pack == sorted(pack)
@@ -126,15 +128,15 @@ def test_a_mark_spares_a_later_process_what_lies_before() -> None:
     later = plan_of(Mixture(demo_sources(), seed=3))
     later.seek(mark)
     planned: list[int] = []
-    draws = later.draws.window
+    draw = later.draws.draw
 
-    def counting(start: int, stop: int) -> list[object]:
-        planned.append(start)
-        return list(draws(start, stop))
+    def counting(cursor: Cursor, step: int, cost: Cost) -> Iterator[tuple[DrawnDocument, Cursor]]:
+        planned.append(cursor.draws)
+        return draw(cursor, step, cost)
 
-    later.draws.window = counting  # type: ignore[method-assign,assignment]
+    later.draws.draw = counting  # type: ignore[method-assign]
     assert [later.pack(number) for number in range(200, 230)] == wanted
-    assert min(planned) >= mark.window * 32 > 0
+    assert min(planned) == mark.cursor.draws > 500
     assert later.pack(3) == first.pack(3)  # what lies before can still be had
 
 
@@ -168,7 +170,7 @@ def test_demo_like_packs_are_nine_tenths_full() -> None:
 def test_every_pack_of_a_window_holds_the_same_mixture() -> None:
     """First-fit-decreasing alone makes a pack of clips, then one of text: steps would differ."""
     sizes = [(60, 4)] * 20 + [(20, 1)] * 60 + [(15, 0)] * 40
-    packs = fit(sizes, 210, 12)
+    packs = first_fit(sizes, (210, 12))
     for start, stop in ((0, 20), (20, 80), (80, 120)):
         counts = [sum(start <= index < stop for index in pack) for pack in packs]
         assert min(counts) >= 1 and max(counts) <= 3 * sum(counts) / len(counts), counts
@@ -178,8 +180,8 @@ def test_every_pack_of_a_window_holds_the_same_mixture() -> None:
 
 def test_even_packs_are_never_more_than_first_fit_needs() -> None:
     """Sizes that only fit together in one way: 7 + 3 and 6 + 4, never 6 + 3."""
-    assert sorted(fit([(7, 0), (6, 0), (4, 0), (3, 0)], 10, 0)) == [[0, 3], [1, 2]]
-    assert len(fit([(6, 0), (4, 0), (4, 0), (3, 0), (3, 0)], 10, 0)) == 2
+    assert sorted(first_fit([(7, 0), (6, 0), (4, 0), (3, 0)], (10, 0))) == [[0, 3], [1, 2]]
+    assert len(first_fit([(6, 0), (4, 0), (4, 0), (3, 0), (3, 0)], (10, 0))) == 2
 
 
 def test_documents_without_content_are_left_out() -> None:
