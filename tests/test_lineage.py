@@ -30,7 +30,9 @@ def here(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def origin(*overrides: str) -> tuple[Recipe, dict[str, Any]]:
     recipe = load(TINY, ["train.steps=400", *overrides])
-    sources = open_sources(recipe.data.sources, load_vocabulary(Path(recipe.data.tokenizer)))
+    sources = open_sources(
+        recipe.data, recipe.data.sources, load_vocabulary(Path(recipe.data.tokenizer))
+    )
     return recipe, lineage.origin(recipe, sources, 6)
 
 
@@ -125,7 +127,8 @@ def test_a_state_survives_a_manifest() -> None:
 def test_the_dataset_is_known_by_the_hash_of_its_index(here: Path) -> None:
     _, now = origin()
     vocabulary = load_vocabulary(Path("demo_data/tokenizer"))
-    options = open_sources(load(TINY).data.sources, vocabulary)[0].options
+    data = load(TINY).data
+    options = open_sources(data, data.sources, vocabulary)[0].options
     pages = open_source("captions", Path("demo_data/pages"), vocabulary, options)
     key = "data.sources.captions.path (hash of its index.json)"
     assert now[key] != pages.lengths.dataset

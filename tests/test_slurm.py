@@ -277,9 +277,13 @@ def test_a_missing_environment_says_what_to_do(stage: Stage) -> None:
 
 def test_a_container_needs_no_environment_of_the_host(stage: Stage) -> None:
     stage.check = TASK
-    stage.environment = {"MMTRAIN_VENV": "/none", "MMTRAIN_WRAPPER": "echo run folder: $RUN/of"}
+    container = stage.folder / "container"
+    container.write_text('#!/bin/bash\necho "$*" >>"$CALLS"; echo "run folder: $RUN"\n')
+    container.chmod(0o755)
+    stage.environment = {"MMTRAIN_VENV": "/none", "MMTRAIN_WRAPPER": str(container)}
     ended = stage.play("my.yaml")
     assert ended.code == 0, ended.output
+    assert "python -m mmtrain check my.yaml --world 4" in ended.calls
     srun = {"MMTRAIN_SRUN": "--container-image=/images/m.sqsh --cpu-bind=none"}
     words = Stage(stage.folder, train='printf "<%s>" "$@"', environment=srun)
     assert words.play("my.yaml").code == 0

@@ -30,7 +30,7 @@ def planned(*overrides: str) -> tuple[Recipe, Plan]:
     recipe = load(TINY, overrides)
     vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
     layout = spec_of(recipe.family, recipe.phase).sequence(recipe.model, vocabulary.ids)
-    sources = open_sources(recipe.data.sources, vocabulary)
+    sources = open_sources(recipe.data, recipe.data.sources, vocabulary)
     return recipe, plan_of(recipe, mixture_of(recipe, sources), layout.group_length)
 
 

@@ -136,7 +136,7 @@ def cases(documents: int, folder: Path) -> list[Case]:
         recipe = read(ROOT / "configs/emu/demo.yaml")
         vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
         group = spec_of("emu", recipe.phase).sequence(recipe.model, vocabulary.ids).group_length
-        demo = supply.open_sources(recipe.data.sources, vocabulary)
+        demo = supply.open_sources(recipe.data, recipe.data.sources, vocabulary)
     finally:
         os.chdir(here)
     found.append(Case("demo", demo, group, recipe.data.pack_tokens, recipe.data.pack_images))
