@@ -38,7 +38,11 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "pp2": (2, ("parallel.pipeline=2",)),
     "tp2-dp2": (4, ("parallel.tensor=2",)),
 }
-WEIGHTS = {"one": 5, "pp2": 3, "tp2-dp2": 2}  # shares of the kills: a start of four ranks takes long
+WEIGHTS = {
+    "one": 5,
+    "pp2": 3,
+    "tp2-dp2": 2,
+}  # shares of the kills: a start of four ranks takes long
 RUN = (
     "train.steps=24",
     "save.every_steps=2",
@@ -161,7 +165,9 @@ class Campaign:
         world = self._start(f"{layout}-whole")
         if not world.wait(600) or any(world.codes.values()):
             world.end()
-            raise SystemExit(f"{layout}: the run without kills ended with {world.codes}\n{self._log()}")
+            raise SystemExit(
+                f"{layout}: the run without kills ended with {world.codes}\n{self._log()}"
+            )
         self.seconds = time.monotonic() - began
         self.whole = curve(folder / "runs" / f"{layout}-whole")
 
@@ -260,8 +266,11 @@ def main() -> int:
 
     layouts = options.layout or list(LAYOUTS)
     faults = 0
-    print(f"{'layout':10}{'kills':>6}{'in a save':>10}{'runs':>5}{'starts':>7}{'lost':>5}"
-          f"{'orphans':>8}{'unmet':>6}{'repeated':>9}{'peers end':>20}{'seconds':>8}", flush=True)  # fmt: skip
+    print(
+        f"{'layout':10}{'kills':>6}{'in a save':>10}{'runs':>5}{'starts':>7}{'lost':>5}"
+        f"{'orphans':>8}{'unmet':>6}{'repeated':>9}{'peers end':>20}{'seconds':>8}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_shapes(folder / "demo_data", 400, 0)

@@ -101,7 +101,7 @@ def watch_generators(rank: int, word: str) -> None:
     plain = loop.run
 
     def states() -> list[Any]:
-        legacy = np.random.get_state()  # noqa: NPY002 the one that is not to be used
+        legacy = np.random.get_state()
         return [torch.get_rng_state().tolist(), random.getstate(), [str(part) for part in legacy]]
 
     def run(*args: Any) -> Any:

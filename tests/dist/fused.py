@@ -1,8 +1,8 @@
 """Makes a rank's trunk take the kernels' way between projections and attention, on a CPU.
 
 The op `mmtrain::qk_norm_rope` and its derivative run, by their torch formulas; the modules' own
-forward passes of norms, rotary embedding and similarity do not. Under ZeRO-3 even the smallest parameters
-are partitioned, which DeepSpeed by itself gathers once a step and keeps.
+forward passes of norms, rotary embedding and similarity do not. Under ZeRO-3 even the smallest
+parameters are partitioned, which DeepSpeed by itself gathers once a step and keeps.
 """
 
 from pathlib import Path

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("layout", ["one", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pp2", "tp2-dp2"))])
+@pytest.mark.parametrize(
+    "layout", ["one", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pp2", "tp2-dp2"))]
+)
 def test_ranks_killed_at_random_moments_lose_nothing(layout: str) -> None:
     script = Path(__file__).with_name("chaos.py")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Bad numbers: steps that are not made, rollbacks, spikes, replicas, slow ranks; on every layout."""
+"""Bad numbers: steps not made, rollbacks, spikes, replicas, slow ranks; on every layout."""
 
 import json
 from pathlib import Path
@@ -200,9 +200,7 @@ def test_a_spike_is_rewound_and_its_batches_left_out(world: World) -> None:
         pytest.param("pp2", "bf16", marks=pytest.mark.slow),
     ],
 )
-def test_a_spike_is_skipped_before_it_is_learnt(
-    world: World, layout: str, precision: str
-) -> None:
+def test_a_spike_is_skipped_before_it_is_learnt(world: World, layout: str, precision: str) -> None:
     ranks, _, overrides = LAYOUTS[layout]
     name = f"spike-{layout}"
     last = ("train.steps=9", "save.every_steps=8", "watch.spike=skip", "watch.spike_window=8")
@@ -225,14 +223,10 @@ def test_off_means_that_spikes_are_learnt(world: World) -> None:
 @pytest.mark.parametrize(
     ("layout", "rank", "name", "axis"),
     [
-        pytest.param(
-            "dp2-zero0", 1, "blocks.1.mlp.down.weight", "data", marks=pytest.mark.slow
-        ),
+        pytest.param("dp2-zero0", 1, "blocks.1.mlp.down.weight", "data", marks=pytest.mark.slow),
         ("dp2-zero1", 0, "blocks.1.mlp.down.weight", "data"),
         ("tp2", 1, "blocks.1.norm2.weight", "tensor"),
-        pytest.param(
-            "tp2-zero3", 1, "blocks.1.norm2.weight", "tensor", marks=pytest.mark.slow
-        ),
+        pytest.param("tp2-zero3", 1, "blocks.1.norm2.weight", "tensor", marks=pytest.mark.slow),
         pytest.param("tp2-pp2", 3, "head.norm.weight", "tensor", marks=pytest.mark.slow),
     ],
 )

@@ -4,14 +4,10 @@ import json
 import shutil
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from world import World, kept
-
-from mmtrain.checkpoint.manifest import Manifest
-from mmtrain.checkpoint.pieces import Pieces
 
 LAYOUTS = {
     "one": (1,),

@@ -38,10 +38,7 @@ def numbers(world: World, name: str) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name == "pp2-bf16" else ())
-        for name in LAYOUTS
-    ],
+    [pytest.param(name, marks=pytest.mark.slow if name == "pp2-bf16" else ()) for name in LAYOUTS],
 )
 def test_a_resumed_run_continues_bit_for_bit(world: World, layout: str) -> None:
     ranks, *overrides = LAYOUTS[layout]

@@ -14,7 +14,6 @@ from forge import free_port
 from world import REPOSITORY, TINY, World, kept
 
 from mmtrain.checkpoint.manifest import Manifest
-from mmtrain.checkpoint.pieces import Pieces
 
 SHORT = ("train.steps=10", "save.every_steps=5", "schedule.warmup_steps=2", "data.workers=0")
 STEP = "checkpoints/step-00000005"
@@ -95,16 +94,31 @@ def test_out_and_in_again_is_equal_to_the_last_bit(
     world: World, half: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = ("--checkpoint", "step-00000005")
-    assert world.tool_here(monkeypatch, "universal_checkpoint.py", "out", f"runs/{half}", "universal", *step) == 0
+    assert (
+        world.tool_here(
+            monkeypatch, "universal_checkpoint.py", "out", f"runs/{half}", "universal", *step
+        )
+        == 0
+    )
     back = new_run(world, half, "back")
-    assert world.tool_here(monkeypatch, "universal_checkpoint.py", "in", "universal", "runs/back") == 0
+    assert (
+        world.tool_here(monkeypatch, "universal_checkpoint.py", "in", "universal", "runs/back") == 0
+    )
     first = world.folder / "runs" / half / STEP
     kinds = {kind for kind, _ in kept(first)}
     assert kinds == {"weight", "master", "ema", "moment.exp_avg", "moment.exp_avg_sq"}
     assert_same(first, back / STEP)
     assert Manifest.read(first).state == Manifest.read(back / STEP).state
-    assert world.tool_here(monkeypatch, "universal_checkpoint.py", "out", f"runs/{half}", "universal", *step) == 74  # is there
-    assert world.tool_here(monkeypatch, "universal_checkpoint.py", "in", "universal", "runs/back") == 74
+    assert (
+        world.tool_here(
+            monkeypatch, "universal_checkpoint.py", "out", f"runs/{half}", "universal", *step
+        )
+        == 74
+    )  # is there
+    assert (
+        world.tool_here(monkeypatch, "universal_checkpoint.py", "in", "universal", "runs/back")
+        == 74
+    )
 
 
 @pytest.mark.slow
@@ -140,7 +154,10 @@ def test_a_run_goes_on_from_what_deepspeed_has_converted(
     assert done.returncode == 0, done.stderr[-4000:]
     name = f"on-{layout}"
     folder = new_run(world, source, name)
-    assert world.tool_here(monkeypatch, "universal_checkpoint.py", "in", str(saves), f"runs/{name}") == 0
+    assert (
+        world.tool_here(monkeypatch, "universal_checkpoint.py", "in", str(saves), f"runs/{name}")
+        == 0
+    )
     assert_same(world.folder / "runs" / source / STEP, folder / STEP)
     plain = ("parallel.pipeline=1", "parallel.zero_stage=1")
     assert world.run(1, "train", f"runs/{name}/recipe.yaml", *plain) == [0], world.last_log
@@ -219,12 +236,18 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(
 ) -> None:
     whole = world.folder / "whole"
     if not whole.exists():
-        assert world.tool_here(monkeypatch, "universal_checkpoint.py", "out", f"runs/{half}", "whole") == 0
+        assert (
+            world.tool_here(monkeypatch, "universal_checkpoint.py", "out", f"runs/{half}", "whole")
+            == 0
+        )
     shutil.copytree(whole, tmp_path / "u")
     reason = spoil(tmp_path / "u/global_step10_universal")
     run = new_run(world, half, f"refused-{spoil.__name__}")
     capsys.readouterr()
-    assert world.tool_here(monkeypatch, "universal_checkpoint.py", "in", str(tmp_path / "u"), str(run)) == 65
+    assert (
+        world.tool_here(monkeypatch, "universal_checkpoint.py", "in", str(tmp_path / "u"), str(run))
+        == 65
+    )
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and reason in said[0]
     assert not (run / "checkpoints").exists() and not list(tmp_path.rglob("ran"))
@@ -237,17 +260,34 @@ def test_all_faults_are_named_at_once_and_what_is_missing_is_66(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert world.tool_here(monkeypatch, "universal_checkpoint.py", "out", f"runs/{half}", str(tmp_path / "u")) == 0
+    assert (
+        world.tool_here(
+            monkeypatch, "universal_checkpoint.py", "out", f"runs/{half}", str(tmp_path / "u")
+        )
+        == 0
+    )
     folder = tmp_path / "u/global_step10_universal"
     reasons = [spoil(folder) for spoil in (no_moment, a_wrong_shape, an_unknown_name)]
     run = new_run(world, half, "refused-three")
     capsys.readouterr()
-    assert world.tool_here(monkeypatch, "universal_checkpoint.py", "in", str(folder), str(run)) == 65
+    assert (
+        world.tool_here(monkeypatch, "universal_checkpoint.py", "in", str(folder), str(run)) == 65
+    )
     said = capsys.readouterr().err
     assert "3 faults" in said and all(reason in said for reason in reasons)
     shutil.rmtree(folder)
-    assert world.tool_here(monkeypatch, "universal_checkpoint.py", "in", str(tmp_path / "u"), str(run)) == 66
+    assert (
+        world.tool_here(monkeypatch, "universal_checkpoint.py", "in", str(tmp_path / "u"), str(run))
+        == 66
+    )
     assert "no folder with zero/" in capsys.readouterr().err
-    assert world.tool_here(monkeypatch, "universal_checkpoint.py", "in", str(tmp_path), str(run)) == 66
-    assert world.tool_here(monkeypatch, "universal_checkpoint.py", "in", str(tmp_path), str(tmp_path / "no_run")) == 66
+    assert (
+        world.tool_here(monkeypatch, "universal_checkpoint.py", "in", str(tmp_path), str(run)) == 66
+    )
+    assert (
+        world.tool_here(
+            monkeypatch, "universal_checkpoint.py", "in", str(tmp_path), str(tmp_path / "no_run")
+        )
+        == 66
+    )
     assert "recipe.yaml: not found" in capsys.readouterr().err

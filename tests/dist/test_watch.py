@@ -229,7 +229,9 @@ def test_a_collective_that_times_out_is_a_hang(world: World) -> None:
 LAYOUTS = {"data": (), "tensor": ("parallel.tensor=2",), "stages": ("parallel.pipeline=2",)}
 
 
-@pytest.mark.parametrize("layout", ["data", "stages", pytest.param("tensor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout", ["data", "stages", pytest.param("tensor", marks=pytest.mark.slow)]
+)
 def test_a_dead_rank_ends_the_others_in_seconds(world: World, layout: str) -> None:
     name = f"dead-{layout}"
     ranks = start(world, name, *ENDLESS, *LAYOUTS[layout])

@@ -73,7 +73,7 @@ class Ranks:
                 self.signal(rank, signal.SIGKILL)
 
     def wait(self, seconds: float = 300, ranks: Sequence[int] | None = None) -> list[int | None]:
-        """Exit codes of some ranks (all) as soon as they have ended; the time up, all are killed."""
+        """Exit codes of some ranks (all) once they have ended; the time up, all are killed."""
         ranks = range(len(self.pids)) if ranks is None else ranks
         patience = time.monotonic() + seconds
         while None in (codes := [self.codes()[rank] for rank in ranks]):
