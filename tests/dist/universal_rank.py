@@ -1,8 +1,8 @@
 """One rank of a run that also speaks DeepSpeed's own checkpoint format.
 
-universal_rank.py save RECIPE [KEY=VALUE ...]          train; every save is DeepSpeed's too
-universal_rank.py load FOLDER RECIPE [KEY=VALUE ...]   DeepSpeed loads a universal checkpoint,
-mmtrain saves what the engine then holds
+`universal_rank.py save RECIPE [KEY=VALUE ...]` trains, and every save is DeepSpeed's too;
+`universal_rank.py load FOLDER RECIPE [KEY=VALUE ...]` lets DeepSpeed load a universal checkpoint,
+and mmtrain save what the engine then holds.
 """
 
 import os
