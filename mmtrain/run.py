@@ -40,7 +40,7 @@ from mmtrain.initial import initial_weights
 from mmtrain.layout.dims import ParallelDims, dims_for
 from mmtrain.layout.ranks import launched
 from mmtrain.models.families import spec_of
-from mmtrain.models.spec import BatchShape, ModelSpec
+from mmtrain.models.spec import BatchShape, ModelSpec, Use
 from mmtrain.ops import select
 from mmtrain.parallel.build import Builder, Construction, Fold, Stage, canonical_parameters
 from mmtrain.parallel.mesh import Mesh, open_mesh
@@ -60,6 +60,8 @@ from mmtrain.train.state import TrainState
 from mmtrain.train.watch import Watch
 
 log = logging.getLogger(__name__)
+
+Prepare = Callable[[Batch], Batch]
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,9 @@ def read_setting(recipe: Recipe) -> Setting:
     select.use(recipe.ops.attention)
     spec = spec_of(recipe.family, recipe.phase)
     vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
-    layout = replace(
-        spec.sequence(recipe.model, vocabulary.ids),
-        learns_image_begin=recipe.data.learn_image_begin,
-    )
+    layout = spec.sequence(recipe.model, vocabulary.ids)
+    if recipe.data.learn_image_begin:
+        layout = replace(layout, learns_image_begin=True)
     facts = collect(recipe)
     shapes = {name: shape for layer in facts.census for name, shape in layer.shapes.items()}
     return Setting(recipe, spec, vocabulary, layout, facts, shapes)
@@ -339,14 +340,27 @@ def _heldout(setting: Setting, mesh: Mesh) -> Iterator[loop.Heldout]:
             micro_batch_packs=micro,
             data_rank=mesh.data,
             data_ranks=ranks,
+            prepare=_preparation(setting, mesh, Use.heldout),
         )
         reads = mesh.is_first_stage or mesh.is_last_stage
         count = math.ceil(packs / (micro * ranks))
         yield loop.Heldout(source.name, count, batches if reads else None)
 
 
-def _read_heldout(plan: Plan, assembler: Assembler, **numbers: int) -> list[Batch]:
-    return list(heldout_batches(plan, assembler, **numbers))
+def _read_heldout(
+    plan: Plan, assembler: Assembler, prepare: Prepare, **numbers: int
+) -> list[Batch]:
+    return list(map(prepare, heldout_batches(plan, assembler, **numbers)))
+
+
+def _preparation(setting: Setting, mesh: Mesh, use: Use) -> Prepare:
+    """What this rank makes of every micro-batch; what is frozen is on its device."""
+    return setting.spec.prepare(setting.recipe.model, setting.layout, mesh.device, use)
+
+
+def _prepared(steps: Iterator[list[Batch]], prepare: Prepare) -> Iterator[list[Batch]]:
+    for step in steps:
+        yield list(map(prepare, step))
 
 
 # --- loop ----------------------------------------------------------------------------------
@@ -360,12 +374,13 @@ def _parts(
         return _decoder_parts(setting, mesh, engine, ema, state)
     reads = mesh.is_first_stage or mesh.is_last_stage
     loader = _loader(setting, mesh, state) if reads else None
+    prepare = _preparation(setting, mesh, Use.training)
     draws = partial(draw_pack, vocabulary=setting.vocabulary, layout=setting.layout, width=520)
     reporter = _reporter(setting, mesh, state) if mesh.rank == 0 else None
     saver = _saver(setting, engine, ema, reporter)
     return loop.Parts(
         engine=engine,
-        batches=loader.steps() if loader is not None else None,
+        batches=_prepared(loader.steps(), prepare) if loader is not None else None,
         heldout=tuple(_heldout(setting, mesh)) if recipe.validate.every_steps else (),
         reporter=reporter,
         draw=(lambda batches: draws(batches[0])) if mesh.rank == 0 else None,

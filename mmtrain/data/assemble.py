@@ -351,6 +351,11 @@ def _place(
     rows["tokens"][start:stop] = sequence.tokens_T
     rows["positions"][start:stop] = torch.arange(length)
     rows["lo"][start:stop] = start  # causal inside the document; hi = row + 1 holds already
+    if layout.sees_whole_image:
+        for span in sequence.spans:  # begin and end tokens stay causal
+            first = start + span.start + 1
+            last = first + layout.visual_tokens
+            rows["hi"][first:last] = last
     rows["labels"][start:stop] = labels
     # a label's weight is that of the token it names
     following = torch.cat([sequence.weights_T[1:], torch.zeros(1)])

@@ -54,3 +54,4 @@ class Batch:
     inputs: Flow
     targets: Targets
     info: BatchInfo
+    pixels: Tensor | None = None  # as decoded, to look at, where `inputs.hidden` holds other things

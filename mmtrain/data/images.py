@@ -46,8 +46,17 @@ def decode(blob: bytes, layout: SequenceFormat) -> Tensor:
     picture = _open(blob)
     side = (layout.image_size, layout.image_size)
     if picture.size != side:
-        picture = picture.resize(side, Image.Resampling.BICUBIC)
+        box = _middle(picture) if layout.crops_images else None
+        picture = picture.resize(side, Image.Resampling.BICUBIC, box=box)
     return normalise(picture, layout)
+
+
+def _middle(picture: Image.Image) -> tuple[float, float, float, float]:
+    """The largest square in the middle of a picture: left, top, right, bottom."""
+    width, height = picture.size
+    short = min(width, height)
+    left, top = (width - short) / 2, (height - short) / 2
+    return left, top, left + short, top + short
 
 
 def open_picture(blob: bytes) -> Image.Image:

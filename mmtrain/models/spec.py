@@ -5,10 +5,13 @@ A family is a row of `families.FAMILIES`; engine, loop, loader and checkpoints k
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
+import torch
 from torch import nn
 
+from mmtrain.data.batch import Batch
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.errors import Problem
 from mmtrain.layout.names import deciding
@@ -40,6 +43,23 @@ def _no_patterns(config: Any) -> Mapping[str, tuple[str, ...]]:
     return {}
 
 
+class Use(Enum):
+    """What a micro-batch is for."""
+
+    training = "training"
+    heldout = "heldout"
+
+
+def _as_it_is(
+    config: Any, layout: SequenceFormat, device: torch.device, use: Use
+) -> Callable[[Batch], Batch]:
+    return lambda batch: batch
+
+
+def _nothing_missing(config: Any) -> Iterable[Problem]:
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A family.
@@ -62,6 +82,10 @@ class ModelSpec:
             with fewer tokens gets new rows there.
         trains: (config, canonical name) -> whether the parameter is trained by this phase.
         patterns: config -> name patterns in the section, by key; each must cover a parameter.
+        prepare: (config, sequence format, device, use) -> what a rank makes of a micro-batch of
+            the loader before the engine gets it: of pixels what the first layer takes, by frozen
+            models and drawn noise. A function of the batch alone.
+        missing: config -> files that the section names and that are not there.
     """
 
     name: str
@@ -79,6 +103,10 @@ class ModelSpec:
     vocabulary_tables: tuple[str, ...] = ()
     trains: Callable[[Any, str], bool] = _everything
     patterns: Callable[[Any], Mapping[str, tuple[str, ...]]] = _no_patterns
+    prepare: Callable[[Any, SequenceFormat, torch.device, Use], Callable[[Batch], Batch]] = (
+        _as_it_is
+    )
+    missing: Callable[[Any], Iterable[Problem]] = _nothing_missing
 
     def is_trained(self, config: Any, freeze: Iterable[str], name: str) -> bool:
         """Whether a run trains a parameter: the phase does, and no pattern of `freeze` covers it.
