@@ -18,8 +18,8 @@ from mmtrain.evaluate.asking import Subject
 from mmtrain.evaluate.examples import Example, Row
 from mmtrain.evaluate.opening import open_pictures
 from mmtrain.evaluate.report import Result, grouped
-from mmtrain.generation.artist import Style
 from mmtrain.settings import TaskConfig
+from mmtrain.trained import Style
 
 Draw = Callable[[Sequence[Row]], list[Image.Image]]  # a picture after each prompt
 

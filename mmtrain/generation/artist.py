@@ -19,25 +19,8 @@ from mmtrain.generation.prompts import Piece
 from mmtrain.models.emu.drawing import EmuDrawer
 from mmtrain.ops import select
 from mmtrain.ops.select import Preference
-from mmtrain.settings import Null, Phase, Recipe
-from mmtrain.trained import Trained, load_run
-
-
-@dataclass(frozen=True, kw_only=True)
-class Style:
-    """How a decoder draws; None is what its recipe says (`decoder.draw`).
-
-    Attributes:
-        scheduler: pndm (as released), ddim or dpm.
-        steps: of the scheduler.
-        guidance: unconditional + guidance * (conditional - unconditional); 1 = no guidance.
-        seed: of the first picture; the k-th of a call is drawn from a seed of its own.
-    """
-
-    scheduler: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    seed: int = 0
+from mmtrain.settings import Null, Phase, Recipe, Scheduler
+from mmtrain.trained import Style, Trained, load_run
 
 
 @dataclass(frozen=True)
@@ -69,7 +52,7 @@ class Artist:
         Raises:
             MissingError: a part of a run is not there, or the kernels that it insists on.
             RecipeError: a recipe has faults.
-            ContentError: the decoder draws rows of another shape.
+            ContentError: the decoder draws rows of another shape, or not by that scheduler.
         """
         style = style or Style()
         recipe = recipes.examine(run / "recipe.yaml").recipe
@@ -82,8 +65,15 @@ class Artist:
         else:
             drawer = None if decoder is None else load_drawer(decoder)
             trained = load_run(run, checkpoint)
-        if drawer is not None:
-            _fits(drawer, trained, decoder or run)
+        if drawer is None:
+            return cls(trained.drawing(style), None, style)
+        _fits(drawer, trained, decoder or run)
+        known = [scheduler.value for scheduler in Scheduler]
+        if style.scheduler is not None and style.scheduler not in known:
+            raise ContentError(
+                f"scheduler {style.scheduler}: {decoder or run} draws by {', '.join(known)}; name "
+                "one of them"
+            )
         return cls(trained, drawer, style)
 
     def draw(self, rows: Sequence[Sequence[Piece]]) -> list[Image.Image]:

@@ -13,9 +13,10 @@ from torch import nn
 
 from mmtrain.data.batch import Batch
 from mmtrain.data.tokens import SequenceFormat
-from mmtrain.errors import Problem
+from mmtrain.errors import ContentError, Problem
 from mmtrain.layout.names import deciding
 from mmtrain.layout.plan import TensorPlan
+from mmtrain.models.writing import TrunkSampler
 from mmtrain.nn.init import InitialRules
 
 
@@ -56,6 +57,12 @@ def _as_it_is(
     return lambda batch: batch
 
 
+def _writes_nothing(
+    config: Any, layers: Mapping[str, nn.Module], form: SequenceFormat
+) -> TrunkSampler:
+    raise ContentError("this phase trains no model that writes; name a run of another phase")
+
+
 def _nothing_missing(config: Any) -> Iterable[Problem]:
     return ()
 
@@ -85,6 +92,7 @@ class ModelSpec:
         prepare: (config, sequence format, device, use) -> what a rank makes of a micro-batch of
             the loader before the engine gets it: of pixels what the first layer takes, by frozen
             models and drawn noise. A function of the batch alone.
+        sampler: (config, layers by name, sequence format) -> what writes with trained layers.
         missing: config -> files that the section names and that are not there.
     """
 
@@ -105,6 +113,9 @@ class ModelSpec:
     patterns: Callable[[Any], Mapping[str, tuple[str, ...]]] = _no_patterns
     prepare: Callable[[Any, SequenceFormat, torch.device, Use], Callable[[Batch], Batch]] = (
         _as_it_is
+    )
+    sampler: Callable[[Any, Mapping[str, nn.Module], SequenceFormat], TrunkSampler] = (
+        _writes_nothing
     )
     missing: Callable[[Any], Iterable[Problem]] = _nothing_missing
 

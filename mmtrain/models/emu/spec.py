@@ -11,6 +11,7 @@ from mmtrain.errors import Problem
 from mmtrain.layout.names import deciding
 from mmtrain.layout.plan import Cut, TensorPlan
 from mmtrain.models.emu.config import CausalConfig, EmuConfig, VisionConfig
+from mmtrain.models.emu.generate import EmuSampler
 from mmtrain.models.emu.model import layers
 from mmtrain.models.spec import BatchShape, ModelSpec
 from mmtrain.nn import lora
@@ -252,6 +253,7 @@ EMU = ModelSpec(
     fields=FIELDS,
     sequence=sequence,
     trains=trains,
+    sampler=lambda config, layers, form: EmuSampler(layers, form),
     patterns=lambda config: {"model.lora.also_train": config.lora.also_train},
     vocabulary_tables=("embed.tokens.weight", "head.unembed.weight"),
     context=lambda config: int(config.language.context),

@@ -131,6 +131,14 @@ class Latents:
         spread = normals(mix(images.seeds_N ^ _LATENT), moments[0].numel() // 2)
         return vaes.draw(moments, spread.to(moments.device).view_as(vaes.mode(moments)))
 
+    def likeliest(self, pixels: Tensor) -> Tensor:
+        """Clean latents `[N, C, h, w]`, the mode of the posterior."""
+        return pixels if self.vae is None else vaes.mode(self.vae.encode(pixels))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels `[N, 3, S, S]` in about -1..1."""
+        return latents if self.vae is None else self.vae.decode(latents)
+
 
 class Images:
     """Where the images of a micro-batch stand.

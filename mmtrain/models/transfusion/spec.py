@@ -16,6 +16,7 @@ from mmtrain.layout.plan import Cut, TensorPlan
 from mmtrain.models.spec import BatchShape, ModelSpec
 from mmtrain.models.transfusion.config import Edge, ImageAttention, ImageConfig, TransfusionConfig
 from mmtrain.models.transfusion.edges import beside_numbers, edge_in, edge_out
+from mmtrain.models.transfusion.generate import TransfusionSampler
 from mmtrain.models.transfusion.model import layers
 from mmtrain.models.transfusion.noising import FIELDS, IMAGE, TEXT, Noising
 from mmtrain.nn.diffusion import Answer, Path
@@ -221,5 +222,6 @@ TRANSFUSION = ModelSpec(
     context=lambda config: int(config.language.context),
     vocabulary=lambda config: int(config.language.vocabulary),
     prepare=Noising,
+    sampler=TransfusionSampler,
     missing=missing,
 )
