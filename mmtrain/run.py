@@ -33,6 +33,7 @@ from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.decoder.conditions import Samples
 from mmtrain.decoder.job import DecoderJob, look_at_pairs
+from mmtrain.decoder.pictures import open_pictures
 from mmtrain.errors import ExitCode, MmtrainError, StorageError
 from mmtrain.evaluate import session
 from mmtrain.facts import Facts, collect, positions_of_a_pack
@@ -304,6 +305,7 @@ def _assembler(setting: Setting, mesh: Mesh, sources: list[Source]) -> Assembler
         # shapes must not change between micro-batches where they cross a stage boundary
         image_slots=fixed if mesh.dims.pipeline > 1 else None,
         with_pixels=mesh.is_first_stage,
+        known=open_pictures(setting.spec.stored(recipe.model), sources),
     )
 
 

@@ -13,8 +13,9 @@ images here, so literal marks harm nothing; the weight is 0 to train as publishe
 T packed tokens   N image slots   Q visual tokens an image   P = N * (Q + 1)
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from mmtrain.data import images
 from mmtrain.data.batch import Batch, BatchInfo, Targets
 from mmtrain.data.document import CHAT, Document, Modality, Part
+from mmtrain.data.latents import KnownSource
 from mmtrain.data.mixture import Source
 from mmtrain.data.pack import PackPlan, PlannedDocument
 from mmtrain.data.rules import ImagePiece, Selection
@@ -89,6 +91,8 @@ class Assembler:
         image_slots: N of a micro-batch; None = as many as it has images, at least 1.
         with_pixels: False for a stage that needs only targets: pictures are still decoded, so
             that every stage leaves out the same documents, but no pixels are made.
+        known: source name -> what a frozen model made of its pictures before; it stands where
+            pixels would.
     """
 
     sources: Sequence[Source]
@@ -97,6 +101,7 @@ class Assembler:
     pack_tokens: int
     image_slots: int | None = None
     with_pixels: bool = True
+    known: Mapping[str, KnownSource] = field(default_factory=dict)
 
     def batch(self, plans: Sequence[PackPlan]) -> tuple[Batch, tuple[Failure, ...], int]:
         """One micro-batch of several packs, what failed, and how many documents were planned."""
@@ -123,7 +128,7 @@ class Assembler:
             stop = start + planned.selection.positions
             sequence = self.sequence(planned)
             try:
-                decoded = self._decode(sequence.media)
+                decoded = self._decode(planned, sequence)
             except images.DecodeError as error:
                 name = self.sources[planned.source].name
                 failures.append(Failure(name, planned.sample_id, str(error)))
@@ -188,7 +193,7 @@ class Assembler:
         fields |= image_rows(begins, slots, self.layout.visual_tokens, total)
         hidden = torch.zeros(slots, 3, 0, 0)
         if self.with_pixels:
-            hidden = images.stack([p for pack in packs for p in pack.pixels], slots, self.layout)
+            hidden = images.stack([p for pack in packs for p in pack.pixels], slots, self._form)
         image_origins = [origin for pack in packs for origin in pack.image_origins]
         pairs = self.layout.visual_tokens + 1
         image_weights = [weight for pack in packs for weight in pack.image_weights]
@@ -226,12 +231,24 @@ class Assembler:
             )
         return self.image_slots
 
-    def _decode(self, media: Sequence[bytes]) -> list[Tensor]:
+    def _decode(self, planned: PlannedDocument, sequence: InterleavedSequence) -> list[Tensor]:
+        known = self.known.get(self.sources[planned.source].name)
+        if known is not None and sequence.media:
+            stored = known.pictures(planned.number, planned.sample_id)
+            chosen = [stored[number] for number in sequence.media_numbers]
+            return chosen if self.with_pixels else []
         if self.with_pixels:
-            return [images.decode(blob, self.layout) for blob in media]
-        for blob in media:
+            return [images.decode(blob, self.layout) for blob in sequence.media]
+        for blob in sequence.media:
             images.check(blob)
         return []
+
+    @property
+    def _form(self) -> tuple[int, int, int]:
+        """Shape of an image's numbers: decoded pixels, or what was made of them before."""
+        if self.known:
+            return next(iter(self.known.values())).form.latents
+        return 3, self.layout.image_size, self.layout.image_size
 
 
 def tokenize(
@@ -240,6 +257,8 @@ def tokenize(
     """The chosen pieces of a document as tokens, `<s>` first and `</s>` last."""
     tokens, weights, spans = [layout.bos], [1.0], []
     media: list[bytes] = []
+    numbers: list[int] = []
+    firsts = [0, *accumulate(len(part.media) for part in document.parts)]
     group = image_group(layout)
     chat = document.kind == CHAT
     encoded: dict[int, list[int]] = {}
@@ -250,6 +269,7 @@ def tokenize(
         if isinstance(piece, ImagePiece):
             spans.append(Span(len(tokens), len(group), part.modality, len(media)))
             media.append(part.media[piece.item])
+            numbers.append(firsts[piece.part] + piece.item)
             tokens += group
         else:
             assert part.modality is Modality.text, (document.sample_id, piece)
@@ -264,6 +284,7 @@ def tokenize(
         weights_T=torch.tensor([*weights, weight]),  # </s> closes what stands before it
         sample_id=document.sample_id,
         image_weight=0.0 if chat else 1.0,
+        media_numbers=tuple(numbers),
     )
 
 

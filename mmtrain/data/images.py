@@ -92,10 +92,9 @@ def encode_png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def stack(images: Sequence[Tensor], slots: int, layout: SequenceFormat) -> Tensor:
-    """Images and zero dummies as `[slots, 3, H, W]`."""
-    side = layout.image_size
-    dummies = torch.zeros(slots - len(images), 3, side, side)
+def stack(images: Sequence[Tensor], slots: int, form: tuple[int, int, int]) -> Tensor:
+    """Images of one form and zero dummies as `[slots, *form]`."""
+    dummies = torch.zeros(slots - len(images), *form)
     return torch.cat([torch.stack(list(images)), dummies]) if images else dummies
 
 

@@ -6,6 +6,7 @@ A family is a row of `families.FAMILIES`; engine, loop, loader and checkpoints k
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +58,25 @@ def _as_it_is(
     return lambda batch: batch
 
 
+@dataclass(frozen=True)
+class StoredLatents:
+    """Where latents of all pictures lie that were made before, and what they must be.
+
+    Attributes:
+        folder: of the shards.
+        vae: folder of the VAE that made them.
+        form: channels (mean and log variance), height and width of a picture's numbers.
+    """
+
+    folder: Path
+    vae: Path
+    form: tuple[int, int, int]
+
+
+def _nothing_stored(config: Any) -> StoredLatents | None:
+    return None
+
+
 def _writes_nothing(
     config: Any, layers: Mapping[str, nn.Module], form: SequenceFormat
 ) -> TrunkSampler:
@@ -92,6 +112,8 @@ class ModelSpec:
         prepare: (config, sequence format, device, use) -> what a rank makes of a micro-batch of
             the loader before the engine gets it: of pixels what the first layer takes, by frozen
             models and drawn noise. A function of the batch alone.
+        stored: config -> latents of the pictures that were made before, if the section names
+            any; `prepare` finds them where pixels would be.
         sampler: (config, layers by name, sequence format) -> what writes with trained layers.
         missing: config -> files that the section names and that are not there.
     """
@@ -114,6 +136,7 @@ class ModelSpec:
     prepare: Callable[[Any, SequenceFormat, torch.device, Use], Callable[[Batch], Batch]] = (
         _as_it_is
     )
+    stored: Callable[[Any], StoredLatents | None] = _nothing_stored
     sampler: Callable[[Any, Mapping[str, nn.Module], SequenceFormat], TrunkSampler] = (
         _writes_nothing
     )

@@ -36,6 +36,7 @@ class ImageConfig:
     unet_blocks: int = 2  # down a level; one more up
     unet_head_width: int = 64
     norm_groups: int = 32
+    latents: str | None = None  # folder written by tools/encode_latents.py; null = made in the run
     vae: str | None = None  # diffusers folder of the frozen VAE; null = pixels are diffused
 
     @property

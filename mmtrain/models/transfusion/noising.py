@@ -62,8 +62,8 @@ class Noising:
         """Draw and mix.
 
         Args:
-            batch: of the loader; `inputs.hidden` `[N, 3, S, S]` in -1..1, or without pixels on a
-                stage that needs none.
+            batch: of the loader; `inputs.hidden` `[N, 3, S, S]` in -1..1, stored moments
+                `[N, 2C, h, w]`, or no numbers on a stage that needs none.
 
         Returns:
             `inputs.hidden` `[N, 2C, h, w]`, noisy and wanted, with the fields `FIELDS`, and one
@@ -93,7 +93,8 @@ class Noising:
             batch,
             inputs=Flow(hidden, {name: fields[name] for name in FIELDS}),
             targets=_an_image_each(batch.targets, count),
-            pixels=pixels,
+            # moments are looked at by the first three channels of their mean
+            pixels=pixels[:, :3].clamp(-1, 1),
         )
 
 
@@ -124,12 +125,23 @@ class Latents:
         return self._vae
 
     def of(self, pixels: Tensor, images: "Images") -> Tensor:
-        """Clean latents `[N, C, h, w]`, drawn from the posterior by each image's seed."""
-        if self.vae is None:
+        """Clean latents `[N, C, h, w]`, drawn from the posterior by each image's seed.
+
+        Where latents were made before, their moments stand where pixels would.
+        """
+        if self.image.latents is not None:
+            moments = pixels.to(self.device)
+        elif self.vae is None:
             return pixels
-        moments = self.vae.encode(pixels)
+        else:
+            moments = self.moments(pixels)
         spread = normals(mix(images.seeds_N ^ _LATENT), moments[0].numel() // 2)
         return vaes.draw(moments, spread.to(moments.device).view_as(vaes.mode(moments)))
+
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Mean and log variance `[N, 2C, h, w]` of the VAE's posterior."""
+        assert self.vae is not None, "pixels are their own latents"
+        return self.vae.encode(pixels)
 
     def likeliest(self, pixels: Tensor) -> Tensor:
         """Clean latents `[N, C, h, w]`, the mode of the posterior."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.errors import Problem
 from mmtrain.layout.plan import Cut, TensorPlan
-from mmtrain.models.spec import BatchShape, ModelSpec
+from mmtrain.models.spec import BatchShape, ModelSpec, StoredLatents
 from mmtrain.models.transfusion.config import Edge, ImageAttention, ImageConfig, TransfusionConfig
 from mmtrain.models.transfusion.edges import beside_numbers, edge_in, edge_out
 from mmtrain.models.transfusion.generate import TransfusionSampler
@@ -34,6 +34,7 @@ from mmtrain.nn.trunk import (
     trunk_split_lengths,
 )
 
+_MANIFEST = "manifest.json"  # of stored latents
 SPECIAL_TOKENS = ("<s>", "</s>", "[PAD]", "[IMG]", "[/IMG]", "<image>")
 
 # the edges are whole on every tensor rank but for the matrix that leaves the trunk, whose rows of
@@ -124,6 +125,12 @@ def _image_problems(image: ImageConfig) -> Iterator[Problem]:
             f"found {image.factor} with model.image.vae = {image.vae}; pixels are their own "
             "latents (factor 1, vae null), a VAE's stand for more (factor 8 as a rule)",
         )
+    if image.latents is not None and image.vae is None:
+        yield Problem(
+            "model.image.latents",
+            f"found {image.latents} without model.image.vae; name the VAE that made them: its hash "
+            "is compared, and pictures are drawn by it",
+        )
     if image.vae is None and image.channels != 3:
         yield Problem(
             "model.image.channels", f"found {image.channels}; without model.image.vae use 3"
@@ -173,14 +180,28 @@ def _noise_problems(config: TransfusionConfig) -> Iterator[Problem]:
 
 
 def missing(config: TransfusionConfig) -> Iterator[Problem]:
-    """The VAE, when its folder is not there."""
-    folder = config.image.vae
+    """The VAE and the stored latents, when their folders are not there."""
+    folder, kept = config.image.vae, config.image.latents
+    if kept is not None and not (File(kept) / _MANIFEST).is_file():
+        yield Problem(
+            "model.image.latents",
+            f"the folder {kept} holds no {_MANIFEST}; make it with tools/encode_latents.py",
+        )
     if folder is not None and not (File(folder) / "config.json").is_file():
         yield Problem(
             "model.image.vae",
             f"the folder {folder} holds no config.json; name the folder of a diffusers "
             "AutoencoderKL",
         )
+
+
+def stored(config: TransfusionConfig) -> StoredLatents | None:
+    """Moments of every picture, where the recipe names them."""
+    image = config.image
+    if image.latents is None or image.vae is None:
+        return None
+    form = (2 * image.channels, image.size, image.size)
+    return StoredLatents(File(image.latents), File(image.vae), form)
 
 
 def sequence(config: TransfusionConfig, ids: Mapping[str, int]) -> SequenceFormat:
@@ -222,6 +243,7 @@ TRANSFUSION = ModelSpec(
     context=lambda config: int(config.language.context),
     vocabulary=lambda config: int(config.language.vocabulary),
     prepare=Noising,
+    stored=stored,
     sampler=TransfusionSampler,
     missing=missing,
 )
