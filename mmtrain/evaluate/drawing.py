@@ -35,7 +35,7 @@ def draw(name: str, config: TaskConfig, subject: Subject) -> Iterator[Result]:
     Raises:
         MissingError: there is no decoder, or no caption with facts.
     """
-    if subject.artist.drawer is None:
+    if not subject.artist.draws:
         raise MissingError(
             f"{name}: there is no visual decoder to draw with; name a decoder run as --decoder RUN"
         )

@@ -25,7 +25,7 @@ from mmtrain.trained import Style, Trained, load_run
 
 @dataclass(frozen=True)
 class Artist:
-    """A writer of visual rows, and what draws them, if anything does."""
+    """A writer of images, and what draws them, if anything does."""
 
     trained: Trained
     drawer: EmuDrawer | None
@@ -76,9 +76,19 @@ class Artist:
             )
         return cls(trained, drawer, style)
 
+    @property
+    def draws(self) -> bool:
+        """Whether pictures come of it: by a decoder, or by the model itself."""
+        return self.drawer is not None or self.trained.sampler.draws
+
     def draw(self, rows: Sequence[Sequence[Piece]]) -> list[Image.Image]:
         """The picture that follows each prompt."""
-        embeddings_BQD = self.trained.rollout([self.trained.prompt(row) for row in rows])
+        prompts = [self.trained.prompt(row) for row in rows]
+        if self.trained.sampler.draws:
+            written = self.trained.drawing(self.style).rollout(prompts)
+            found = [self.trained.sampler.picture(image) for image in written]
+            return [picture for picture in found if picture is not None]
+        embeddings_BQD = self.trained.rollout(prompts)
         return self.pictures(embeddings_BQD, 0)
 
     def pictures(self, embeddings_BQD: Tensor, first: int) -> list[Image.Image]:

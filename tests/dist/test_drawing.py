@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, ImageChops
 from world import REPOSITORY, World
 
-from mmtrain.generation.artist import Artist, Style
+from mmtrain.generation.artist import Artist
+from mmtrain.trained import Style
 from mmtrain.generation.prompts import parse
 
 RECIPE = REPOSITORY / "configs/emu/tiny_decoder.yaml"

@@ -1,9 +1,10 @@
 """Transfusion gives the same losses on any parallel layout: noise and times belong to samples."""
 
+import shutil
 from typing import Any
 
 import pytest
-from test_layouts import check_equal
+from test_layouts import KEYS, check_equal
 from world import REPOSITORY, World
 
 TINY = REPOSITORY / "configs/transfusion/tiny.yaml"
@@ -97,3 +98,21 @@ def test_switches_of_the_family_do_not_depend_on_the_layout(world: World) -> Non
     one = trained(world, "switches-one", 1, *switches)
     ranks, *overrides = LAYOUTS["tp2-pp2-sequence"]
     check_equal(trained(world, "switches-four", ranks, *switches, *overrides), one)
+
+
+@pytest.mark.parametrize(
+    "ranks, layout",
+    [
+        pytest.param(1, (), id="one-rank", marks=pytest.mark.slow),
+        pytest.param(4, LAYOUTS["tp2-pp2"][1:], id="tp2-pp2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_to_the_last_bit(world: World, ranks: int, layout: tuple[str, ...]) -> None:
+    asked = ("save.every_steps=3", "save.keep=9", "save.background=false", *layout)
+    name = f"resumed-{ranks}"
+    whole = trained(world, name, ranks, *asked)
+    shutil.rmtree(world.folder / "runs" / name / "checkpoints/step-00000006")
+    again = trained(world, name, ranks, *asked)
+    assert [line["step"] for line in again] == [1, 2, 3, 4, 5, 6]
+    for line, wanted in zip(again, whole, strict=True):
+        assert all(line[key] == wanted[key] for key in KEYS), line["step"]

@@ -17,9 +17,9 @@ B sequences   n rows an image   T packed rows   D width   C channels, h x w size
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 from PIL import Image
@@ -175,7 +175,7 @@ class TransfusionSampler(TrunkSampler):
             if following:
                 which = self.ids(list(following))
                 rows_BD = self.embed.tokens(self.ids(list(following.values())))
-                hidden_BD[which] = self._put(writing, which, rows_BD, keeps=True)
+                hidden_BD[which] = self._put(writing, which, rows_BD[:, None])[:, 0]
         return [page.pieces for page in pages]
 
     def _next(
@@ -187,19 +187,31 @@ class TransfusionSampler(TrunkSampler):
         logits_BV[used_up, form.image_begin] = -torch.inf
         return [int(token) for token in choose(logits_BV, texts).tolist()]
 
-    def _put(self, writing: Writing, which: Tensor, rows_TD: Tensor, keeps: bool) -> Tensor:
-        """Rows behind some sequences, as many for each; the trunk's rows `[T, D]`."""
-        count = len(rows_TD) // len(which)
-        slot_B = writing.position_B[which]
+    def _behind(self, writing: Writing, which: Tensor, count: int) -> Block:
+        """What `count` new rows behind each of some sequences see."""
         causal = not self.form.sees_whole_image
-        keys = Block(
-            writing.cache, which, slot_B, writing.longest, count, causal=causal, keeps=keeps
-        )
-        out = self.fold(rows_TD, _positions(slot_B, count), keys)
-        if keeps:
-            writing.position_B[which] += count
-            writing.longest = int(writing.position_B.max())
+        slot_B = writing.position_B[which]
+        return Block(writing.cache, which, slot_B, writing.longest, count, causal=causal)
+
+    def _look(self, writing: Writing, which: Tensor, rows_BnD: Tensor) -> Tensor:
+        """Trunk rows `[B, n, D]` of rows behind some sequences, which are not kept."""
+        return self._through(rows_BnD, self._behind(writing, which, rows_BnD.shape[1]))
+
+    def _put(self, writing: Writing, which: Tensor, rows_BnD: Tensor) -> Tensor:
+        """Trunk rows `[B, n, D]` of rows that some sequences keep."""
+        count = rows_BnD.shape[1]
+        keys = replace(self._behind(writing, which, count), keeps=True)
+        out = self._through(rows_BnD, keys)
+        writing.position_B[which] += count
+        writing.longest = int(writing.position_B.max())
         return out
+
+    def _through(self, rows_BnD: Tensor, keys: Block, ahead_B: Tensor | None = None) -> Tensor:
+        """The trunk over new rows; their positions are their slots, or begin at `ahead`."""
+        first_B = keys.slot_B if ahead_B is None else ahead_B
+        offset = torch.arange(rows_BnD.shape[1], device=self.device)
+        positions = (first_B[:, None] + offset).flatten()
+        return self.fold(rows_BnD.flatten(0, 1), positions, keys).view_as(rows_BnD)
 
     def _draw(self, writing: Writing, pages: Sequence[_Page], begun: list[int]) -> None:
         """The images that some sequences have begun: draw, keep those that are read on, decode."""
@@ -212,7 +224,7 @@ class TransfusionSampler(TrunkSampler):
         read_on = [place for place, number in enumerate(begun) if not pages[number].done]
         if read_on:
             rows, _ = self._rows(clean[read_on], 0)
-            self._put(writing, which[read_on], rows.flatten(0, 1), keeps=True)
+            self._put(writing, which[read_on], rows)
 
     def _solve(self, writing: Writing, which: Tensor, seeds_B: Tensor) -> Tensor:
         """Clean latents `[B, C, h, w]` out of noise."""
@@ -225,15 +237,10 @@ class TransfusionSampler(TrunkSampler):
         null = self._null(writing.position_B[which]) if guided else None
         for now, then in pairwise(times):
             rows, beside = self._rows(x, now)
-            told = self._put(writing, which, rows.flatten(0, 1), keeps=False)
-            answer = self.head.answered(told.view_as(rows), beside).float()
+            answer = self.head.answered(self._look(writing, which, rows), beside).float()
             if null is not None:
-                untold = self.fold(
-                    rows.flatten(0, 1),
-                    _positions(writing.position_B[which], rows.shape[1]),
-                    null,
-                )
-                nothing = self.head.answered(untold.view_as(rows), beside).float()
+                untold = self._through(rows, null, writing.position_B[which])
+                nothing = self.head.answered(untold, beside).float()
                 answer = nothing + self.how.guidance * (answer - nothing)
             fresh = None
             if ancestral and then:
@@ -257,11 +264,5 @@ class TransfusionSampler(TrunkSampler):
     def _rows(self, latents: Tensor, time: int) -> tuple[Tensor, Tensor]:
         """Rows `[N, n, D]` of latents at one time, and what the edge hands on beside them."""
         times_N = torch.full((len(latents),), time, device=self.device)
-        out: Any = self.image.edge(latents, times_N)
-        rows, beside = out
-        return rows, beside
-
-
-def _positions(slot_B: Tensor, count: int) -> Tensor:
-    """Positions `[B count]` of new rows behind slots in use."""
-    return (slot_B[:, None] + torch.arange(count, device=slot_B.device)).flatten()
+        found: tuple[Tensor, Tensor] = self.image.edge(latents, times_N)
+        return found

@@ -105,8 +105,7 @@ def test_the_prefix_is_only_read_while_a_picture_is_drawn() -> None:
     for layer, kept in writing.cache._layers.items():
         for found, expected in zip(kept, before[layer], strict=True):
             assert torch.equal(found, expected)
-    rows = sampler.encode(clean)[0]
-    sampler._put(writing, torch.tensor([0]), rows, keeps=True)
+    sampler._put(writing, torch.tensor([0]), sampler.encode(clean))
     fresh, _ = sampler.start([Prompt((BOS, 3, *group()), clean)], 0)
     for kept, wanted in zip(
         writing.cache._layers.values(), fresh.cache._layers.values(), strict=True
