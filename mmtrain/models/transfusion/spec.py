@@ -109,12 +109,15 @@ def problems(config: TransfusionConfig, tensor: int) -> Iterator[Problem]:
                 f"marks, <s>, </s> and a word take {least} positions",
             )
     yield from _noise_problems(config)
-    left = (
-        config.image.values if config.image.edge is Edge.linear else config.image.unet_channels[-1]
-    )
-    place = "model.image.patch" if config.image.edge is Edge.linear else "model.image.unet_channels"
-    for where, value in [*trunk_split_lengths(config.language), (place, left)]:
+    for where, value in [*trunk_split_lengths(config.language), _leaving(config.image)]:
         yield from divides(where, value, "parallel.tensor", tensor)
+
+
+def _leaving(image: ImageConfig) -> tuple[str, int]:
+    """Outputs of the matrix that leaves the trunk, which tensor ranks share."""
+    if image.edge is Edge.linear:
+        return "model.image.patch", image.values
+    return "model.image.unet_channels", (0, *image.unet_channels)[-1]
 
 
 def _image_problems(image: ImageConfig) -> Iterator[Problem]:
@@ -142,6 +145,11 @@ def _image_problems(image: ImageConfig) -> Iterator[Problem]:
             "model.image.unet_channels",
             f"{len(image.unet_channels)} levels for model.image.patch = {image.patch}; a patch of "
             "1, 2, 4, 8 takes 1, 2, 3, 4 levels, each of which halves the size",
+        )
+    if min(image.unet_channels, default=1) <= 0:
+        yield Problem(
+            "model.image.unet_channels",
+            f"found {list(image.unet_channels)}; wanted: positive numbers",
         )
     for place, divisor in (
         ("norm_groups", image.norm_groups),
