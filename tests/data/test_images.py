@@ -2,6 +2,7 @@
 
 import io
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,16 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
 def test_transparent_is_white() -> None:
     clear = Image.new("RGBA", (56, 56), (0, 0, 0, 0))
     assert to_picture(decode(encoded(clear), LAYOUT), LAYOUT).getpixel((5, 5)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("width, height", [(112, 56), (56, 112), (56, 56)])
+def test_a_cropped_picture_is_the_middle_square_of_the_stored_one(width: int, height: int) -> None:
+    picture = noise(width, height)
+    left, top = (width - 56) // 2, (height - 56) // 2
+    middle = picture.crop((left, top, left + 56, top + 56))
+    cropping = replace(LAYOUT, crops_images=True)
+    found = decode(encoded(picture), cropping)
+    assert torch.equal(found, images.normalise(middle, cropping))
 
 
 def test_a_picture_survives_normalisation() -> None:

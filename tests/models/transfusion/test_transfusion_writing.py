@@ -21,7 +21,10 @@ ROWS = 4
 
 
 def sampler_of(
-    edge: Edge = Edge.linear, attention: ImageAttention = ImageAttention.image, **noise: object
+    edge: Edge = Edge.linear,
+    attention: ImageAttention = ImageAttention.image,
+    kv_heads: int = 0,
+    **noise: object,
 ) -> TransfusionSampler:
     options = {
         "solver_steps": 5,
@@ -30,7 +33,11 @@ def sampler_of(
         "solver": Solver.ddim,
     } | noise
     config = small(edge, **options)
-    config = replace(config, image=replace(config.image, attention=attention))
+    config = replace(
+        config,
+        image=replace(config.image, attention=attention),
+        language=replace(config.language, kv_heads=kv_heads),
+    )
     return TransfusionSampler(config, drawn(config, std=1.0), form(config))
 
 
@@ -79,10 +86,11 @@ def test_a_picture_is_drawn_as_without_a_cache(edge: Edge, attention: ImageAtten
     assert not torch.allclose(found, other, atol=1e-2)
 
 
+@pytest.mark.parametrize("kv_heads", [0, 2])
 @torch.inference_mode()
-def test_text_after_a_drawn_picture_is_that_after_the_picture_as_a_prompt() -> None:
+def test_text_after_a_drawn_picture_is_that_after_the_picture_as_a_prompt(kv_heads: int) -> None:
     """A clean commit leaves the keys and values of a fresh prefill."""
-    sampler = sampler_of()
+    sampler = sampler_of(kv_heads=kv_heads)
     limits = Limits(new_tokens=8, images=0)
     (written,) = sampler.write([Prompt((BOS, 3, 4, BEGIN))], limits)
     picture, text = written
