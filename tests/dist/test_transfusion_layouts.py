@@ -69,9 +69,9 @@ def test_training_does_not_depend_on_the_layout(
 @pytest.mark.parametrize(
     "layout",
     [
-        "tp2-pp2-sequence",
+        "pp2-after-the-edge",
+        pytest.param("tp2-pp2-sequence", marks=pytest.mark.slow),
         pytest.param("dp2-zero3", marks=pytest.mark.slow),
-        pytest.param("pp2-after-the-edge", marks=pytest.mark.slow),
         pytest.param("tp2-zero3", marks=pytest.mark.slow),
     ],
 )
