@@ -149,8 +149,8 @@ def sample(parser: argparse.ArgumentParser) -> None:
         type=_count,
         default=0,
         metavar="N",
-        help="images that a text may begin by itself, where the model was trained with "
-        "data.learn_image_begin; default: %(default)s",
+        help="images that a text may begin by itself, where the model has learnt to begin them; "
+        "default: %(default)s",
     )
     decoder(parser)
     parser.add_argument(
@@ -158,7 +158,7 @@ def sample(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=1,
         metavar="N",
-        help="pictures of each image that a decoder draws; default: %(default)s",
+        help="pictures of each image that was asked for; default: %(default)s",
     )
     parser.add_argument("--seed", type=_count, default=0, metavar="S", help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="DIR", help="RUN/samples if left out")
@@ -176,8 +176,9 @@ def decoder(parser: argparse.ArgumentParser) -> None:
     )
     pictures.add_argument(
         "--scheduler",
-        choices=("pndm", "ddim", "dpm"),
-        help="pndm is the released one; the decoder recipe's if left out",
+        choices=("pndm", "ddim", "dpm", "ddpm"),
+        help="of a decoder pndm (as released), ddim or dpm; of a model that draws by itself ddpm "
+        "or ddim; the recipe's if left out",
     )
     pictures.add_argument(
         "--steps", type=_positive, metavar="N", help="the decoder recipe's if left out"

@@ -227,9 +227,9 @@ def _data_look(arguments: Arguments) -> int:
 
 
 def _sample(arguments: Arguments) -> int:
-    from mmtrain.generation.artist import Style
     from mmtrain.generation.prompts import parse, parse_chat, read_prompts
     from mmtrain.generation.sample import Options, sample
+    from mmtrain.trained import Style
 
     given = vars(arguments)
     style = Style(**{name: given[name] for name in ("scheduler", "steps", "guidance", "seed")})

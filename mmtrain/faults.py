@@ -380,4 +380,5 @@ def missing_files(recipe: Recipe, spec: ModelSpec) -> Iterator[Problem]:
     start = recipe.train.initialize_from
     if start is not None and not Path(start).exists():
         yield Problem("train.initialize_from", f"there is no folder {start}")
+    yield from spec.missing(recipe.model)
     yield from evaluation_faults.missing_files(recipe)

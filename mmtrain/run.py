@@ -32,6 +32,7 @@ from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.decoder.conditions import Samples
 from mmtrain.decoder.job import DecoderJob
+from mmtrain.decoder.pictures import open_pictures
 from mmtrain.errors import MmtrainError, StorageError
 from mmtrain.evaluate import session
 from mmtrain.facts import Facts, collect, positions_of_a_pack
@@ -39,7 +40,7 @@ from mmtrain.initial import initial_weights
 from mmtrain.layout.dims import ParallelDims, dims_for
 from mmtrain.layout.ranks import launched
 from mmtrain.models.families import spec_of
-from mmtrain.models.spec import BatchShape, ModelSpec
+from mmtrain.models.spec import BatchShape, ModelSpec, Use
 from mmtrain.ops import select
 from mmtrain.parallel.build import Builder, Construction, Fold, Stage, canonical_parameters
 from mmtrain.parallel.mesh import Mesh, open_mesh
@@ -59,6 +60,8 @@ from mmtrain.train.state import TrainState
 from mmtrain.train.watch import Watch
 
 log = logging.getLogger(__name__)
+
+Prepare = Callable[[Batch], Batch]
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,9 @@ def read_setting(recipe: Recipe) -> Setting:
     select.use(recipe.ops.attention)
     spec = spec_of(recipe.family, recipe.phase)
     vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
-    layout = replace(
-        spec.sequence(recipe.model, vocabulary.ids),
-        learns_image_begin=recipe.data.learn_image_begin,
-    )
+    layout = spec.sequence(recipe.model, vocabulary.ids)
+    if recipe.data.learn_image_begin:
+        layout = replace(layout, learns_image_begin=True)
     facts = collect(recipe)
     shapes = {name: shape for layer in facts.census for name, shape in layer.shapes.items()}
     return Setting(recipe, spec, vocabulary, layout, facts, shapes)
@@ -300,6 +302,7 @@ def _assembler(setting: Setting, mesh: Mesh, sources: list[Source]) -> Assembler
         # shapes must not change between micro-batches where they cross a stage boundary
         image_slots=fixed if mesh.dims.pipeline > 1 else None,
         with_pixels=mesh.is_first_stage,
+        known=open_pictures(setting.spec.stored(recipe.model), sources),
     )
 
 
@@ -338,6 +341,7 @@ def _heldout(setting: Setting, mesh: Mesh) -> Iterator[loop.Heldout]:
             mesh,
             packs,
             micro,
+            _preparation(setting, mesh, Use.heldout),
         )
         reads = mesh.is_first_stage or mesh.is_last_stage
         count = math.ceil(packs / (micro * ranks))
@@ -345,7 +349,12 @@ def _heldout(setting: Setting, mesh: Mesh) -> Iterator[loop.Heldout]:
 
 
 def _read_heldout(
-    plan: Plan, assembler: Assembler, mesh: Mesh, packs: int, micro_batch_packs: int
+    plan: Plan,
+    assembler: Assembler,
+    mesh: Mesh,
+    packs: int,
+    micro_batch_packs: int,
+    prepare: Prepare,
 ) -> list[Batch]:
     batches = heldout_batches(
         plan,
@@ -355,7 +364,17 @@ def _read_heldout(
         data_rank=mesh.data,
         data_ranks=mesh.dims.data,
     )
-    return list(batches)
+    return list(map(prepare, batches))
+
+
+def _preparation(setting: Setting, mesh: Mesh, use: Use) -> Prepare:
+    """What this rank makes of every micro-batch; what is frozen is on its device."""
+    return setting.spec.prepare(setting.recipe.model, setting.layout, mesh.device, use)
+
+
+def _prepared(steps: Iterator[list[Batch]], prepare: Prepare) -> Iterator[list[Batch]]:
+    for step in steps:
+        yield list(map(prepare, step))
 
 
 # --- loop ----------------------------------------------------------------------------------
@@ -369,12 +388,13 @@ def _parts(
         return _decoder_parts(setting, mesh, engine, ema, state)
     reads = mesh.is_first_stage or mesh.is_last_stage
     loader = _loader(setting, mesh, state) if reads else None
+    prepare = _preparation(setting, mesh, Use.training)
     draws = partial(draw_pack, vocabulary=setting.vocabulary, layout=setting.layout, width=520)
     reporter = _reporter(setting, mesh, state) if mesh.rank == 0 else None
     saver = _saver(setting, engine, ema, reporter)
     return loop.Parts(
         engine=engine,
-        batches=loader.steps() if loader is not None else None,
+        batches=_prepared(loader.steps(), prepare) if loader is not None else None,
         heldout=tuple(_heldout(setting, mesh)) if recipe.validate.every_steps else (),
         reporter=reporter,
         draw=(lambda batches: draws(batches[0])) if mesh.rank == 0 else None,

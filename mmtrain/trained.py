@@ -4,7 +4,7 @@ Whatever layout trained the run: full tensors are merged from the checkpoint by 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,31 @@ from mmtrain.data.document import Modality, Part
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.errors import ContentError
-from mmtrain.models.emu.generate import EmuSampler, Limits, Prompt
 from mmtrain.models.families import spec_of
 from mmtrain.models.spec import ModelSpec
+from mmtrain.models.writing import Limits, Prompt, TrunkSampler
 from mmtrain.nn.choice import Choose, Nucleus, greedy
 from mmtrain.settings import Recipe
 
 BATCH = 64  # prompts written at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """How pictures are drawn; None is what the recipe of what draws them says.
+
+    Attributes:
+        scheduler: of a decoder pndm (as released), ddim or dpm; of a model that draws by itself
+            ddpm or ddim.
+        steps: of the scheduler.
+        guidance: unconditional + guidance * (conditional - unconditional); 1 = no guidance.
+        seed: of the first picture; the k-th of a call is drawn from a seed of its own.
+    """
+
+    scheduler: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,7 +55,7 @@ class Trained:
     recipe: Recipe
     vocabulary: Vocabulary
     layout: SequenceFormat
-    sampler: EmuSampler
+    sampler: TrunkSampler
 
     def prompt(self, pieces: Sequence[str | Image.Image | Part]) -> Prompt:
         """<s>, then texts and pictures in order; parts of documents may be markup and clips."""
@@ -62,6 +80,10 @@ class Trained:
                 "shorten it or leave images out"
             )
         return Prompt(tuple(tokens), torch.stack(pixels) if pixels else None)
+
+    def drawing(self, style: Style) -> "Trained":
+        """The same run, told how to draw images where it draws them itself."""
+        return replace(self, sampler=self.sampler.drawing(**vars(style)))
 
     def write(
         self, prompts: Sequence[Prompt], new_tokens: int, nucleus: Nucleus | None = None
@@ -118,7 +140,8 @@ def load_run(run: Path, checkpoint: str | None = None) -> Trained:
     tensors = portable.open_tensors(run / "checkpoints" / checkpoint if checkpoint else run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout = spec.sequence(recipe.model, vocabulary.ids)
-    sampler = EmuSampler(load_layers(spec, recipe.model, tensors, device), layout)
+    layers = load_layers(spec, recipe.model, tensors, device)
+    sampler = spec.sampler(recipe.model, layers, layout)
     return Trained(run, recipe, vocabulary, layout, sampler)
 
 

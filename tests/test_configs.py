@@ -34,6 +34,13 @@ COUNTS = {
     "emu/tiny_decoder": 72_579,
     "emu/shapes_decoder": 2_455_020,
     "emu/14b_decoder": 968_146_884,
+    "transfusion/tiny": 68_976,
+    "transfusion/shapes": 2_860_464,
+    "transfusion/0.16b": 163_267_616,
+    "transfusion/0.37b": 375_255_072,
+    "transfusion/0.76b": 780_724_256,
+    "transfusion/1.4b": 1_369_169_952,
+    "transfusion/7b": 6_756_548_640,
 }
 
 
@@ -53,7 +60,7 @@ def test_every_recipe_lacks_nothing_but_its_data(
     monkeypatch.chdir(tmp_path)  # where no data lie, whatever lies beside this file
     seen = examine(path)
     assert seen.faults == ()
-    inputs = ("data.", "train.initialize_from", "decoder.", "evaluate.tasks.")
+    inputs = ("data.", "train.initialize_from", "decoder.", "evaluate.tasks.", "model.image.vae")
     assert all(problem.place.startswith(inputs) for problem in seen.missing)
     assert seen.recipe is not None
     numbers = collect(seen.recipe).numbers

@@ -1,16 +1,21 @@
 #!/usr/bin/env python
-"""Make the conditions and latents of a decoder recipe once, so that no step waits for them.
+"""Make the conditions and latents of a recipe once, so that no step waits for them.
 
     tools/encode_latents.py configs/emu/shapes_decoder.yaml latents
     mmtrain train configs/emu/shapes_decoder.yaml decoder.cached=latents
 
+    tools/encode_latents.py configs/transfusion/7b.yaml latents
+    mmtrain train configs/transfusion/7b.yaml model.image.latents=latents
+
 The frozen model writes the rows of every caption of every source (held-out ones too), the frozen
-VAE, if there is one, encodes every picture. What is there already is not made again. Several
+VAE, if there is one, encodes every picture. Of a family that diffuses inside its trunk the VAE
+encodes every picture, and no rows are written. What is there already is not made again. Several
 processes may share the work, each with its own device: --share 0/4, --share 1/4, ...
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,9 +24,11 @@ from mmtrain import log
 from mmtrain.data.latents import KINDS
 from mmtrain.decoder.caching import Share, encode
 from mmtrain.decoder.conditions import Samples
+from mmtrain.decoder.pictures import encode_pictures
 from mmtrain.errors import ContentError, MmtrainError, RecipeError
+from mmtrain.models.spec import StoredLatents
 from mmtrain.recipe import load
-from mmtrain.run import open_sources, read_setting
+from mmtrain.run import Setting, open_sources, read_setting
 from mmtrain.settings import Phase
 
 
@@ -43,26 +50,35 @@ def main() -> int:
 
 def _encode(options: argparse.Namespace) -> int:
     recipe = load(options.recipe, [*options.overrides, "decoder.cached=null"])
-    if recipe.phase is not Phase.decoder:
-        raise ContentError(f"{options.recipe}: phase {recipe.phase.value}; wanted: decoder")
     setting = read_setting(recipe)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    samples = Samples(recipe, setting.vocabulary, setting.layout, device)
     data = recipe.data
     sources = open_sources(setting, data.sources) + open_sources(setting, data.heldout)
-    done = encode(
-        samples,
-        sources,
-        options.out,
-        kind=options.dtype,
-        part_documents=options.part_documents,
-        share=options.share,
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shared = {"part_documents": options.part_documents, "share": options.share}
+    if recipe.phase is Phase.decoder:
+        samples = Samples(recipe, setting.vocabulary, setting.layout, device)
+        done = encode(samples, sources, options.out, kind=options.dtype, **shared)
+    elif (wanted := _stored(setting, options.out)) is not None:
+        done = encode_pictures(wanted, setting.layout, sources, device=device, **shared)
+    else:
+        raise ContentError(
+            f"{options.recipe}: family {recipe.family}, phase {recipe.phase.value}; wanted: the "
+            "phase decoder, or a model that diffuses the latents of model.image.vae"
+        )
     print(
         f"{options.out}: {done.made:,} documents encoded, {done.left_out:,} left out (no pair, or "
         f"a damaged picture), {done.there:,} were there"
     )
     return 0
+
+
+def _stored(setting: Setting, out: Path) -> StoredLatents | None:
+    """What a family that diffuses inside its trunk keeps, in the folder asked for."""
+    model = setting.recipe.model
+    if not hasattr(model, "image"):
+        return None
+    named = replace(model, image=replace(model.image, latents=str(out)))
+    return setting.spec.stored(named)
 
 
 def _share(word: str) -> Share:
@@ -76,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="of the phase decoder")
+    parser.add_argument(
+        "recipe", type=Path, metavar="RECIPE", help="of the phase decoder, or transfusion"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make or to go on with")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe")
     parser.add_argument(

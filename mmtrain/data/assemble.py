@@ -14,8 +14,9 @@ T packed tokens   N image slots   Q visual tokens an image   P = N * (Q + 1)
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor
 from mmtrain.data import images
 from mmtrain.data.batch import Batch, BatchInfo, Targets
 from mmtrain.data.document import CHAT, Document, Modality, Part, SampleError
+from mmtrain.data.latents import KnownSource
 from mmtrain.data.mixture import Source
 from mmtrain.data.pack import PackPlan, PlannedDocument
 from mmtrain.data.packed import PackedRows, Placed, image_rows, lay_out
@@ -94,6 +96,8 @@ class Assembler:
         image_slots: N of a micro-batch; None = as many as it has images, at least 1.
         with_pixels: False for a stage that needs only targets: pictures are still decoded, so
             that every stage leaves out the same documents, but no pixels are made.
+        known: source name -> what a frozen model made of its pictures before; it stands where
+            pixels would.
     """
 
     sources: Sequence[Source]
@@ -102,6 +106,7 @@ class Assembler:
     pack_tokens: int
     image_slots: int | None = None
     with_pixels: bool = True
+    known: Mapping[str, KnownSource] = field(default_factory=dict)
 
     def batch(self, plans: Sequence[PackPlan]) -> Made[Batch]:
         """One micro-batch of several packs, what failed, and what was planned."""
@@ -128,7 +133,7 @@ class Assembler:
             start += planned.selection.positions
             try:
                 sequence = self.sequence(planned)
-                decoded = self._decode(sequence.media)
+                decoded = self._decode(planned, sequence)
             except (SampleError, images.DecodeError) as error:
                 # its rows stay padding, so the others lie where they were planned
                 failures.append(failure_of(error, planned, self.sources))
@@ -187,7 +192,8 @@ class Assembler:
         fields |= image_rows(begins, slots, self.layout.visual_tokens, total)
         hidden = torch.zeros(slots, 3, 0, 0)
         if self.with_pixels:
-            hidden = images.stack([p for pack in packs for p in pack.pixels], slots, self.layout)
+            found = [pixels for pack in packs for pixels in pack.pixels]
+            hidden = self._stacked(found, slots)
         image_origins = [origin for pack in packs for origin in pack.image_origins]
         pairs = self.layout.visual_tokens + 1
         image_weights = [weight for pack in packs for weight in pack.image_weights]
@@ -225,12 +231,24 @@ class Assembler:
             )
         return self.image_slots
 
-    def _decode(self, media: Sequence[bytes]) -> list[Tensor]:
+    def _decode(self, planned: PlannedDocument, sequence: InterleavedSequence) -> list[Tensor]:
+        known = self.known.get(self.sources[planned.source].name)
+        if known is not None and sequence.media:
+            stored = known.pictures(planned.number, planned.sample_id)
+            chosen = [stored[number] for number in sequence.media_numbers]
+            return chosen if self.with_pixels else []
         if self.with_pixels:
-            return [images.pixels_of(blob, self.layout.image_size) for blob in media]
-        for blob in media:
+            return [images.pixels_of(blob, self.layout) for blob in sequence.media]
+        for blob in sequence.media:
             images.check(blob)
         return []
+
+    def _stacked(self, found: Sequence[Tensor], slots: int) -> Tensor:
+        """Numbers of all images: decoded pixels, or what was made of them before."""
+        if not self.known:
+            return images.stack(found, slots, self.layout)
+        form = next(iter(self.known.values())).form.latents
+        return torch.stack([*found, *[torch.zeros(form)] * (slots - len(found))])
 
 
 def failure_of(
@@ -253,6 +271,8 @@ def tokenize(
     """The chosen pieces of a document as tokens, `<s>` first and `</s>` last."""
     tokens, weights, spans = [layout.bos], [1.0], []
     media: list[bytes] = []
+    numbers: list[int] = []
+    firsts = [0, *accumulate(len(part.media) for part in document.parts)]
     group = image_group(layout)
     chat = document.kind == CHAT
     encoded: dict[int, list[int]] = {}
@@ -263,6 +283,7 @@ def tokenize(
         if isinstance(piece, ImagePiece):
             spans.append(Span(len(tokens), len(group), part.modality, len(media)))
             media.append(part.media[piece.item])
+            numbers.append(firsts[piece.part] + piece.item)
             tokens += group
         else:
             assert part.modality is Modality.text, (document.sample_id, piece)
@@ -278,6 +299,7 @@ def tokenize(
         weights_T=torch.from_numpy(np.array([*weights, weight], np.float32)),
         sample_id=document.sample_id,
         image_weight=0.0 if chat else 1.0,
+        media_numbers=tuple(numbers),
     )
 
 

@@ -54,6 +54,7 @@ class Batch:
     inputs: Flow
     targets: Targets
     info: BatchInfo
+    pixels: Tensor | None = None  # as decoded, to look at, where `inputs.hidden` holds other things
 
     def pin_memory(self) -> "Batch":
         """The same batch with its inputs in pinned memory (torch's DataLoader asks for this)."""

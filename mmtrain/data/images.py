@@ -55,15 +55,25 @@ def decode(blob: bytes, layout: SequenceFormat) -> Tensor:
     Raises:
         DecodeError: the bytes are damaged, truncated, of another format, or too large.
     """
-    return stack([pixels_of(blob, layout.image_size)], 1, layout)[0]
+    return stack([pixels_of(blob, layout)], 1, layout)[0]
 
 
-def pixels_of(blob: bytes, side: int) -> Tensor:
-    """The same before it is normalised: uint8 `[3, side, side]`; raises DecodeError as `decode`."""
+def pixels_of(blob: bytes, layout: SequenceFormat) -> Tensor:
+    """The same before it is normalised: uint8 `[3, H, W]`; raises DecodeError as `decode`."""
     picture = _open(blob)
-    if picture.size != (side, side):
-        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+    side = (layout.image_size, layout.image_size)
+    if picture.size != side:
+        box = _middle(picture) if layout.crops_images else None
+        picture = picture.resize(side, Image.Resampling.BICUBIC, box=box)
     return torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).copy())
+
+
+def _middle(picture: Image.Image) -> tuple[float, float, float, float]:
+    """The largest square in the middle of a picture: left, top, right, bottom."""
+    width, height = picture.size
+    short = min(width, height)
+    left, top = (width - short) / 2, (height - short) / 2
+    return left, top, left + short, top + short
 
 
 def open_picture(blob: bytes) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Conditions and latents of a visual decoder, made once and kept as shards.
+"""Conditions and latents of a visual decoder, or latents alone, made once and kept as shards.
 
 What the frozen models make of a document does not change while the decoder is trained; 32 rows of
 5,120 in bf16 are 320 KiB a sample (specs of Emu, section 3.3). A cache is a folder:
@@ -79,7 +79,7 @@ class Form:
 
     Attributes:
         kind: fp32, bf16 or fp16, of the conditions; latents are fp32.
-        conditions: Q, D.
+        conditions: Q, D; 0, 0 where only pictures are known.
         latents: shape of what is kept for a picture: C, h, w of pixels, 2C, h, w of moments.
     """
 
@@ -108,19 +108,33 @@ class KnownSource:
             DecodeError: its picture could not be read when the cache was made.
             ContentError: the cache holds another document there.
         """
+        row = self._row(number, sample_id)
+        return Known(
+            _numbers(row["conditions"], KINDS[self.form.kind], self.form.conditions),
+            _numbers(row["latents"], torch.float32, self.form.latents),
+        )
+
+    def pictures(self, number: int, sample_id: str) -> Tensor:
+        """Latents (or moments) of every picture of document `number`, float32 `[n, C, h, w]`.
+
+        Raises:
+            DecodeError: one of its pictures could not be read when the cache was made.
+            ContentError: the cache holds another document there.
+        """
+        content = self._row(number, sample_id)["latents"]
+        return _numbers(content, torch.float32, (-1, *self.form.latents))
+
+    def _row(self, number: int, sample_id: str) -> dict[str, Any]:
         part = int(np.searchsorted(self.starts, number, side="right")) - 1
-        row = self.parts[part].row(number - self.starts[part])
+        row: dict[str, Any] = self.parts[part].row(number - self.starts[part])
         if row["id"] != sample_id:
             raise ContentError(
                 f"{self.parts[part].folder.local}: holds {row['id']!r} where document {number} is "
                 f"{sample_id!r}; the cache is of other documents, make it again"
             )
-        if not row["conditions"]:
+        if not row["latents"]:
             raise DecodeError("its picture could not be read when latents were made")
-        return Known(
-            _numbers(row["conditions"], KINDS[self.form.kind], self.form.conditions),
-            _numbers(row["latents"], torch.float32, self.form.latents),
-        )
+        return row
 
 
 def _numbers(content: bytes, kind: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -279,6 +293,11 @@ def begin(folder: Path, origin: Origin, form: Form, null_QD: Tensor) -> Cache:
 def key_of(source: Source) -> str:
     """Folder of a source: what it is called, its documents, and where sequences are cut."""
     return f"{source.name}-{source.lengths.dataset[:12]}-{source.options.max_positions}"
+
+
+def picture_key(source: Source) -> str:
+    """Folder of a source of which all pictures are kept, whatever a sequence takes of them."""
+    return f"{source.name}-{source.lengths.dataset[:12]}"
 
 
 def known_sources(cache: Cache, sources: Sequence[Source]) -> dict[str, KnownSource]:

@@ -6,7 +6,7 @@ documents, where one costs as much for 50 rows as for 2,000.
 T packed tokens   R rows of the documents   N image slots   Q visual tokens an image
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,12 +73,21 @@ def lay_out(placed: Sequence[Placed], length: int, layout: SequenceFormat) -> Pa
     fields["tokens"][row_R] = tokens_R
     fields["positions"][row_R] = position_R
     fields["lo"][row_R] = start_R  # causal inside the document; hi = row + 1 holds already
+    if layout.sees_whole_image:
+        for first in _first_rows(placed):  # begin and end tokens stay causal
+            fields["hi"][first : first + layout.visual_tokens] = first + layout.visual_tokens
     fields["labels"][row_R] = labels_R
     fields["noise"][row_R] = numbers_at(seeds[document_R], position_R)
     # a label's weight is that of the token it names
     weights_T[row_R] = torch.where(labels_R == NO_LABEL, 0.0, weight_R)
     origins_T[row_R] = sources[document_R]
     return packed
+
+
+def _first_rows(placed: Sequence[Placed]) -> Iterator[int]:
+    """The row of the first visual token of every image."""
+    for item in placed:
+        yield from (item.start + span.start + 1 for span in item.sequence.spans)
 
 
 def labels_of(tokens_T: Tensor, layout: SequenceFormat) -> Tensor:

@@ -99,6 +99,7 @@ def contents(
     """
     fields = {name: field.tolist() for name, field in batch.inputs.fields.items()}
     weights, tokens = batch.targets.weights["text"].tolist(), fields["tokens"]
+    pixels = batch.inputs.hidden if batch.pixels is None else batch.pixels
     first_slots = fields["slots"][:: layout.visual_tokens]
     image_at = {row - 1: index for index, row in enumerate(first_slots) if row < len(tokens)}
     starts = [row for row, token in enumerate(tokens) if token == layout.bos]
@@ -109,7 +110,7 @@ def contents(
         pieces: list[_Word | Image.Image] = []
         while row < stop - 1:  # the last one is </s>
             if row in image_at:
-                pieces.append(to_picture(batch.inputs.hidden[image_at[row]], layout))
+                pieces.append(to_picture(pixels[image_at[row]], layout))
                 row += layout.group_length
             else:
                 pieces.append(_Word(tokens[row], weights[row - 1] > 0))

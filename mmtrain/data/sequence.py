@@ -34,6 +34,7 @@ class InterleavedSequence:
         weights_T: float32, how much each token counts as a target.
         sample_id: where it came from.
         image_weight: of the regression pairs of its images.
+        media_numbers: of each item, its place among all images of the stored document.
     """
 
     tokens_T: Tensor
@@ -42,6 +43,7 @@ class InterleavedSequence:
     weights_T: Tensor
     sample_id: str
     image_weight: float = 1.0
+    media_numbers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Hold the promises of `spans`; a breach is a bug of whoever built the sequence."""

@@ -48,7 +48,7 @@ def rows_of(
 def shown(blob: bytes, layout: SequenceFormat) -> str | Image.Image:
     """A picture as the vision tower gets it, or why it cannot be decoded."""
     try:
-        pixels = images.pixels_of(blob, layout.image_size)
+        pixels = images.pixels_of(blob, layout)
     except images.DecodeError as error:
         return Note(f"(an image that cannot be used: {error})")
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())

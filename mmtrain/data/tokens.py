@@ -17,9 +17,11 @@ class SequenceFormat:
     image_end: int
     image_slot: int
     visual_tokens: int  # rows an image takes between its begin and end tokens
-    image_size: int  # pixels a side; images are squashed to a square
+    image_size: int  # pixels a side; images become squares
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    crops_images: bool = False  # to their middle square, where they are squashed otherwise
+    sees_whole_image: bool = False  # a visual row sees its whole image, not only what is before it
     learns_image_begin: bool = False  # image_begin is a label too: the model may choose an image
 
     @property

@@ -6,10 +6,11 @@ may share the work.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Protocol
 
 from mmtrain.data import latents
 from mmtrain.data.latents import Cache, Known
@@ -39,6 +40,17 @@ class Encoded:
     there: int  # documents of parts that were there already
 
 
+class Part(Protocol):
+    """What makes rows of one part of a source, and counts them."""
+
+    made: int
+    left_out: int
+
+    def rows(self, start: int, stop: int) -> Iterator[tuple[str, Known | None]]:
+        """(sample id, what the frozen models make of it) of documents start .. stop - 1."""
+        ...
+
+
 def encode(
     samples: Samples,
     sources: Sequence[Source],
@@ -63,9 +75,26 @@ def encode(
         StorageError: it cannot be written.
     """
     cache = latents.begin(out, samples.origin(), samples.form(kind), samples.frozen.null_QD)
+
+    def part(source: Source) -> Part:
+        return _Part(samples, cache, source)
+
+    keyed = [(latents.key_of(source), source) for source in sources]
+    return write_parts(cache, keyed, part, part_documents=part_documents, share=share)
+
+
+def write_parts(
+    cache: Cache,
+    sources: Sequence[tuple[str, Source]],
+    part: Callable[[Source], Part],
+    *,
+    part_documents: int,
+    share: Share,
+) -> Encoded:
+    """Write what is not there yet of some sources, each under its key."""
     made = left_out = there = number = 0
-    for source in sources:
-        key, count = latents.key_of(source), len(source.lengths)
+    for key, source in sources:
+        count = len(source.lengths)
         for start in range(0, count, part_documents):
             stop = min(start + part_documents, count)
             number += 1
@@ -75,7 +104,7 @@ def encode(
                 there += stop - start
                 continue
             began = perf_counter()
-            writing = _Part(samples, cache, source)
+            writing = part(source)
             cache.write(key, start, stop, writing.rows(start, stop))
             made, left_out = made + writing.made, left_out + writing.left_out
             rate = (stop - start) / (perf_counter() - began)

@@ -34,8 +34,9 @@ from mmtrain.errors import ContentError
 from mmtrain.lineage import plan_seed
 from mmtrain.models.emu.decoder import LOSS, UNetConfig
 from mmtrain.models.emu.diffusion import Diffusion
-from mmtrain.models.emu.generate import EmuSampler, Prompt
+from mmtrain.models.emu.generate import EmuSampler
 from mmtrain.models.families import spec_of
+from mmtrain.models.writing import Prompt
 from mmtrain.nn.flow import Flow
 from mmtrain.schema import to_plain
 from mmtrain.settings import Condition, DecoderConfig, Fit, Latent, Null, Recipe

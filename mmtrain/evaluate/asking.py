@@ -21,8 +21,8 @@ from mmtrain.evaluate.examples import Example, ExampleSet, Row
 from mmtrain.evaluate.opening import open_pictures
 from mmtrain.evaluate.shots import Support
 from mmtrain.generation.artist import Artist
-from mmtrain.models.emu.generate import Prompt
 from mmtrain.models.families import spec_of
+from mmtrain.models.writing import Prompt
 from mmtrain.nn.choice import Beams
 from mmtrain.settings import Phase, ShotForm, SourceConfig, TaskConfig
 from mmtrain.trained import BATCH, Trained

@@ -18,8 +18,8 @@ from mmtrain.evaluate.asking import Subject
 from mmtrain.evaluate.examples import Example, Row
 from mmtrain.evaluate.opening import open_pictures
 from mmtrain.evaluate.report import Result, grouped
-from mmtrain.generation.artist import Style
 from mmtrain.settings import TaskConfig
+from mmtrain.trained import Style
 
 Draw = Callable[[Sequence[Row]], list[Image.Image]]  # a picture after each prompt
 
@@ -35,7 +35,7 @@ def draw(name: str, config: TaskConfig, subject: Subject) -> Iterator[Result]:
     Raises:
         MissingError: there is no decoder, or no caption with facts.
     """
-    if subject.artist.drawer is None:
+    if not subject.artist.draws:
         raise MissingError(
             f"{name}: there is no visual decoder to draw with; name a decoder run as --decoder RUN"
         )

@@ -20,7 +20,7 @@ from mmtrain.evaluate.examples import Example
 from mmtrain.evaluate.opening import open_pictures
 from mmtrain.evaluate.ranks import ndcg, rank_of, summary
 from mmtrain.evaluate.report import Result
-from mmtrain.models.emu.generate import Prompt
+from mmtrain.models.writing import Prompt
 from mmtrain.settings import TaskConfig
 from mmtrain.trained import Trained
 

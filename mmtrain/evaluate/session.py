@@ -25,10 +25,11 @@ from mmtrain.errors import ExitCode, MissingError, MmtrainError, Problem, Recipe
 from mmtrain.evaluate.asking import Subject
 from mmtrain.evaluate.report import Result, append_line, group_table, table, write
 from mmtrain.evaluate.tasks import run_task
-from mmtrain.generation.artist import Artist, Style
+from mmtrain.generation.artist import Artist
 from mmtrain.schema import suggestion
 from mmtrain.settings import Phase, Recipe, TaskConfig, TaskKind
 from mmtrain.train.signals import Interrupted
+from mmtrain.trained import Style
 
 log = logging.getLogger(__name__)
 

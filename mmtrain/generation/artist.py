@@ -19,30 +19,13 @@ from mmtrain.generation.prompts import Piece
 from mmtrain.models.emu.drawing import EmuDrawer
 from mmtrain.ops import select
 from mmtrain.ops.select import Preference
-from mmtrain.settings import Null, Phase, Recipe
-from mmtrain.trained import Trained, load_run
-
-
-@dataclass(frozen=True, kw_only=True)
-class Style:
-    """How a decoder draws; None is what its recipe says (`decoder.draw`).
-
-    Attributes:
-        scheduler: pndm (as released), ddim or dpm.
-        steps: of the scheduler.
-        guidance: unconditional + guidance * (conditional - unconditional); 1 = no guidance.
-        seed: of the first picture; the k-th of a call is drawn from a seed of its own.
-    """
-
-    scheduler: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    seed: int = 0
+from mmtrain.settings import Null, Phase, Recipe, Scheduler
+from mmtrain.trained import Style, Trained, load_run
 
 
 @dataclass(frozen=True)
 class Artist:
-    """A writer of visual rows, and what draws them, if anything does."""
+    """A writer of images, and what draws them, if anything does."""
 
     trained: Trained
     drawer: EmuDrawer | None
@@ -69,7 +52,7 @@ class Artist:
         Raises:
             MissingError: a part of a run is not there, or the kernels that it insists on.
             RecipeError: a recipe has faults.
-            ContentError: the decoder draws rows of another shape.
+            ContentError: the decoder draws rows of another shape, or not by that scheduler.
         """
         style = style or Style()
         recipe = recipes.examine(run / "recipe.yaml").recipe
@@ -82,13 +65,30 @@ class Artist:
         else:
             drawer = None if decoder is None else load_drawer(decoder)
             trained = load_run(run, checkpoint)
-        if drawer is not None:
-            _fits(drawer, trained, decoder or run)
+        if drawer is None:
+            return cls(trained.drawing(style), None, style)
+        _fits(drawer, trained, decoder or run)
+        known = [scheduler.value for scheduler in Scheduler]
+        if style.scheduler is not None and style.scheduler not in known:
+            raise ContentError(
+                f"scheduler {style.scheduler}: {decoder or run} draws by {', '.join(known)}; name "
+                "one of them"
+            )
         return cls(trained, drawer, style)
+
+    @property
+    def draws(self) -> bool:
+        """Whether pictures come of it: by a decoder, or by the model itself."""
+        return self.drawer is not None or self.trained.sampler.draws
 
     def draw(self, rows: Sequence[Sequence[Piece]]) -> list[Image.Image]:
         """The picture that follows each prompt."""
-        embeddings_BQD = self.trained.rollout([self.trained.prompt(row) for row in rows])
+        prompts = [self.trained.prompt(row) for row in rows]
+        if self.trained.sampler.draws:
+            written = self.trained.drawing(self.style).rollout(prompts)
+            found = [self.trained.sampler.picture(image) for image in written]
+            return [picture for picture in found if picture is not None]
+        embeddings_BQD = self.trained.rollout(prompts)
         return self.pictures(embeddings_BQD, 0)
 
     def pictures(self, embeddings_BQD: Tensor, first: int) -> list[Image.Image]:

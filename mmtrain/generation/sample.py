@@ -6,7 +6,7 @@ it is shown as the training images whose embeddings lie nearest to the one that 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from mmtrain.data.document import CHAT, Document, Modality
 from mmtrain.data.images import open_picture
 from mmtrain.data.picture import draw_rows
 from mmtrain.errors import ExitCode, MissingError
-from mmtrain.generation.artist import Artist, Style
+from mmtrain.generation.artist import Artist
 from mmtrain.generation.gallery import Gallery, illustrated
 from mmtrain.generation.prompts import Request, Row, asked_before
-from mmtrain.models.emu.generate import Limits, Prompt
+from mmtrain.models.writing import Limits, Prompt
 from mmtrain.nn.choice import Beams, Nucleus
-from mmtrain.trained import Trained
+from mmtrain.trained import Style, Trained
 
 Record = dict[str, Any]
 
@@ -117,7 +117,15 @@ def _interleaved(
     if options.images:
         limits = Limits(new_tokens=options.new_tokens, images=options.images)
         return trained.interleave(prompts, limits, options.nucleus)
-    return [[rows] for rows in trained.rollout(prompts)] if prompts else []
+    if not prompts:
+        return []
+    if not trained.sampler.draws:  # a decoder makes as many pictures of the same rows
+        return [[rows] for rows in trained.rollout(prompts)]
+    drawn = [
+        trained.drawing(replace(options.style, seed=options.style.seed + number)).rollout(prompts)
+        for number in range(options.samples)
+    ]
+    return [list(pictures) for pictures in zip(*drawn, strict=True)]
 
 
 class _Sheet:
@@ -149,10 +157,13 @@ class _Sheet:
         self.records.append({"prompt": request.plain, **one})
 
     def _image(self, request: Request, rows_QD: Tensor) -> tuple[list[Image.Image], Record]:
-        if self.artist.drawer is None:
-            return self._nearest(request, rows_QD)
         names = []
-        pictures = self.artist.pictures(rows_QD[None].repeat(self.samples, 1, 1), self._drawn)
+        if (own := self.artist.trained.sampler.picture(rows_QD)) is not None:
+            pictures = [own]
+        elif self.artist.drawer is None:
+            return self._nearest(request, rows_QD)
+        else:
+            pictures = self.artist.pictures(rows_QD[None].repeat(self.samples, 1, 1), self._drawn)
         for picture in pictures:
             names.append(f"image-{self._drawn:04d}.png")
             picture.save(self.folder / names[-1])

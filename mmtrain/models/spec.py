@@ -5,14 +5,19 @@ A family is a row of `families.FAMILIES`; engine, loop, loader and checkpoints k
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from mmtrain.data.batch import Batch
 from mmtrain.data.tokens import SequenceFormat
-from mmtrain.errors import Problem
+from mmtrain.errors import ContentError, Problem
 from mmtrain.layout.names import deciding
 from mmtrain.layout.plan import TensorPlan
+from mmtrain.models.writing import TrunkSampler
 from mmtrain.nn.init import InitialRules
 
 
@@ -40,6 +45,48 @@ def _no_patterns(config: Any) -> Mapping[str, tuple[str, ...]]:
     return {}
 
 
+class Use(Enum):
+    """What a micro-batch is for."""
+
+    training = "training"
+    heldout = "heldout"
+
+
+def _as_it_is(
+    config: Any, layout: SequenceFormat, device: torch.device, use: Use
+) -> Callable[[Batch], Batch]:
+    return lambda batch: batch
+
+
+@dataclass(frozen=True)
+class StoredLatents:
+    """Where latents of all pictures lie that were made before, and what they must be.
+
+    Attributes:
+        folder: of the shards.
+        vae: folder of the VAE that made them.
+        form: channels (mean and log variance), height and width of a picture's numbers.
+    """
+
+    folder: Path
+    vae: Path
+    form: tuple[int, int, int]
+
+
+def _nothing_stored(config: Any) -> StoredLatents | None:
+    return None
+
+
+def _writes_nothing(
+    config: Any, layers: Mapping[str, nn.Module], form: SequenceFormat
+) -> TrunkSampler:
+    raise ContentError("this phase trains no model that writes; name a run of another phase")
+
+
+def _nothing_missing(config: Any) -> Iterable[Problem]:
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A family.
@@ -62,6 +109,13 @@ class ModelSpec:
             with fewer tokens gets new rows there.
         trains: (config, canonical name) -> whether the parameter is trained by this phase.
         patterns: config -> name patterns in the section, by key; each must cover a parameter.
+        prepare: (config, sequence format, device, use) -> what a rank makes of a micro-batch of
+            the loader before the engine gets it: of pixels what the first layer takes, by frozen
+            models and drawn noise. A function of the batch alone.
+        stored: config -> latents of the pictures that were made before, if the section names
+            any; `prepare` finds them where pixels would be.
+        sampler: (config, layers by name, sequence format) -> what writes with trained layers.
+        missing: config -> files that the section names and that are not there.
     """
 
     name: str
@@ -79,6 +133,14 @@ class ModelSpec:
     vocabulary_tables: tuple[str, ...] = ()
     trains: Callable[[Any, str], bool] = _everything
     patterns: Callable[[Any], Mapping[str, tuple[str, ...]]] = _no_patterns
+    prepare: Callable[[Any, SequenceFormat, torch.device, Use], Callable[[Batch], Batch]] = (
+        _as_it_is
+    )
+    stored: Callable[[Any], StoredLatents | None] = _nothing_stored
+    sampler: Callable[[Any, Mapping[str, nn.Module], SequenceFormat], TrunkSampler] = (
+        _writes_nothing
+    )
+    missing: Callable[[Any], Iterable[Problem]] = _nothing_missing
 
     def is_trained(self, config: Any, freeze: Iterable[str], name: str) -> bool:
         """Whether a run trains a parameter: the phase does, and no pattern of `freeze` covers it.

@@ -38,6 +38,11 @@ class KeyValueCache:
         v_BSHK[sequence_T, slot_T] = v_THK
         return k_BSHK, v_BSHK
 
+    def read(self, layer: nn.Module, sequence_B: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """The first `slots` keys and values of some sequences, `[B, S, H, K]`."""
+        k_BSHK, v_BSHK = self._layers[layer]
+        return k_BSHK[sequence_B, :slots], v_BSHK[sequence_B, :slots]
+
     def select(self, sequence_B: Tensor) -> None:
         """Make row b the former row `sequence_B[b]` (beams are copied, dropped and reordered)."""
         self.sequences = sequence_B.shape[0]
@@ -86,3 +91,60 @@ class Step:
             q_THK.unsqueeze(2), k, v, mask=seen_B11S, scale=scale, shapes=Shapes.CHANGING
         )
         return out.squeeze(2)
+
+
+@dataclass(frozen=True)
+class Block:
+    """n new rows for each of some sequences: they see what is kept of theirs, and each other.
+
+    Attributes:
+        cache: what is kept; it is only read, unless `keeps`.
+        sequence_B: the sequences.
+        slot_B: slots in use of each, and so the first one of its new rows.
+        used: slots in use of the longest.
+        rows: n.
+        causal: a new row sees the new rows up to itself instead of all.
+        keeps: whether the new rows are written behind the others.
+    """
+
+    cache: KeyValueCache
+    sequence_B: Tensor
+    slot_B: Tensor
+    used: int
+    rows: int
+    causal: bool = False
+    keeps: bool = False
+
+    def attend(
+        self, layer: nn.Module, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, scale: float
+    ) -> Tensor:
+        """`[T, H, K]`; here T is B n, the rows of a sequence together."""
+        kept = self.cache.read(layer, self.sequence_B, self.used)
+        own = (x.view(-1, self.rows, *x.shape[1:]) for x in (k_THK, v_THK))
+        k, v = (
+            repeat_heads(torch.cat(pair, 1), q_THK.shape[-2]).transpose(1, 2)
+            for pair in zip(kept, own, strict=True)
+        )
+        q = q_THK.view(-1, self.rows, *q_THK.shape[1:]).transpose(1, 2)
+        out = dense_attention(q, k, v, mask=self._mask(), scale=scale, shapes=Shapes.CHANGING)
+        if self.keeps:
+            offset = torch.arange(self.rows, device=q_THK.device)
+            slot_T = (self.slot_B[:, None] + offset).flatten()
+            sequence_T = self.sequence_B.repeat_interleave(self.rows)
+            self.cache.write(layer, sequence_T, slot_T, k_THK, v_THK)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    def _mask(self) -> Tensor:
+        """Boolean `[B, 1, n, S + n]`: kept slots in use, then the new rows."""
+        device = self.slot_B.device
+        kept = torch.arange(self.used, device=device) < self.slot_B[:, None]
+        own = torch.ones(self.rows, self.rows, dtype=torch.bool, device=device)
+        own = own.tril() if self.causal else own
+        count = len(self.slot_B)
+        return torch.cat(
+            [
+                kept[:, None].expand(count, self.rows, self.used),
+                own.expand(count, self.rows, self.rows),
+            ],
+            2,
+        )[:, None]

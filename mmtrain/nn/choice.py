@@ -5,16 +5,23 @@ Beam search follows transformers 4.31, under which Emu was evaluated.
 B sequences   V vocabulary
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Choose = Callable[[Tensor], Tensor]  # logits [B, V] to ids [B]
+
+class Choose(Protocol):
+    """How ids are chosen for some sequences."""
+
+    def __call__(self, logits_BV: Tensor, which: Sequence[int] | None = None) -> Tensor:
+        """Logits `[B, V]` to ids `[B]`; `which` sequences the rows are of, None for all."""
+        ...
 
 
-def greedy(logits_BV: Tensor) -> Tensor:
+def greedy(logits_BV: Tensor, which: Sequence[int] | None = None) -> Tensor:
     """The most likely id of each row."""
     return logits_BV.argmax(-1)
 
@@ -39,14 +46,15 @@ class Nucleus:
             for number in range(first, first + count)
         ]
 
-        def choose(logits_BV: Tensor) -> Tensor:
+        def choose(logits_BV: Tensor, which: Sequence[int] | None = None) -> Tensor:
+            own = generators if which is None else [generators[number] for number in which]
             chance, ids = (logits_BV.float().cpu() / self.temperature).softmax(-1).sort(-1, True)
             before = chance.cumsum(-1) - chance
             kept = chance.masked_fill(before >= self.top_p, 0.0)  # the likeliest is always kept
             drawn = torch.stack(
                 [
                     row.multinomial(1, generator=generator)
-                    for row, generator in zip(kept, generators, strict=True)
+                    for row, generator in zip(kept, own, strict=True)
                 ]
             )
             return ids.gather(-1, drawn).squeeze(-1).to(logits_BV.device)

@@ -22,9 +22,9 @@ def splice(rows_TD: Tensor, slots_M: Tensor, visual_MD: Tensor) -> Tensor:
 class SplicedEmbedding(nn.Module):
     """The first trunk layer: visual rows in, token rows out.
 
-    Rows named by the field `carry` are copied, detached, into `Flow.carried`: the regression
-    targets of the last layer. Under sequence parallelism `scatter` keeps this rank's rows; the
-    carried rows stay whole.
+    Where nothing is carried yet, rows named by the field `carry` are copied, detached, into
+    `Flow.carried`: the regression targets of the last layer. Under sequence parallelism `scatter`
+    keeps this rank's rows; the carried rows stay whole.
     """
 
     def __init__(self, vocabulary: int, width: int) -> None:
@@ -34,8 +34,9 @@ class SplicedEmbedding(nn.Module):
         self.scatter = nn.Identity()
 
     def forward(self, flow: Flow) -> Flow:
-        """`hidden [N, Q, D]` to `hidden [T, D]` and `carried [P, D]`."""
+        """`hidden [N, Q, D]` (or `[N Q, D]`) to `hidden [T, D]` and `carried [P, D]`."""
         fields = flow.fields
-        rows_TD = splice(self.tokens(fields["tokens"]), fields["slots"], flow.hidden.flatten(0, 1))
-        carried_PD = rows_TD.detach()[fields[CARRY]]
+        visual_MD = flow.hidden.reshape(-1, flow.hidden.shape[-1])
+        rows_TD = splice(self.tokens(fields["tokens"]), fields["slots"], visual_MD)
+        carried_PD = rows_TD.detach()[fields[CARRY]] if flow.carried is None else flow.carried
         return Flow(self.scatter(rows_TD), fields, carried_PD, flow.derived)

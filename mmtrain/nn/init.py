@@ -5,10 +5,11 @@ float32 on the host, then this rank's slice is kept.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmtrain.layout.plan import Slice, compile_pattern
 
@@ -40,6 +41,37 @@ def uniform(bound: float) -> Draw:
 def constant(value: float) -> Draw:
     """Every entry equal to `value`."""
     return lambda shape, generator: torch.full(shape, value)
+
+
+def torch_defaults(module: nn.Module, prefix: str) -> InitialRules:
+    """How torch draws convolutions, linears and norms: U(+- 1 / sqrt(inputs)); norms 1 and 0.
+
+    Names with the same inputs share a rule: a bias alone does not tell how wide its weight is.
+
+    Args:
+        module: built on the meta device, of such parts alone.
+        prefix: canonical name of the module.
+    """
+    bounded: dict[float, list[str]] = {}
+    ones, zeros = [], []
+    for path, part in module.named_modules():
+        name = f"{prefix}.{path}" if path else prefix
+        parameters = dict(part.named_parameters(recurse=False))
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            bound = math.prod(parameters["weight"].shape[1:]) ** -0.5
+            bounded.setdefault(bound, []).extend(f"{name}.{leaf}" for leaf in parameters)
+        elif isinstance(part, nn.GroupNorm | nn.LayerNorm):
+            ones.append(f"{name}.weight")
+            zeros.append(f"{name}.bias")
+        else:
+            assert not parameters, (name, type(part).__name__, "has no initial rule")
+    rules = [(_any_of(names), uniform(bound)) for bound, names in bounded.items()]
+    norms = [(_any_of(ones), constant(1.0)), (_any_of(zeros), constant(0.0))] if ones else []
+    return [*rules, *norms]
+
+
+def _any_of(names: list[str]) -> str:
+    return "{" + ",".join(names) + "}"
 
 
 def draw_by_name(name: str, shape: tuple[int, ...], rules: InitialRules, seed: int) -> Tensor:

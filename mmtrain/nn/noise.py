@@ -12,6 +12,7 @@ T packed rows   C channels
 """
 
 import hashlib
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -57,6 +58,23 @@ def row_numbers(seed: int, length: int) -> Tensor:
 def numbers_at(seeds: int | Tensor, positions: Tensor) -> Tensor:
     """`row_numbers` of some positions, of one document or of as many as there are seeds."""
     return mix(seeds + positions * _signed(_GOLDEN, 64))
+
+
+def uniforms(seeds_N: Tensor, count: int) -> Tensor:
+    """Numbers in [0, 1), float64 `[N, count]`: a stream of SplitMix64 for each int64 seed."""
+    steps = torch.arange(1, count + 1, device=seeds_N.device) * _signed(_GOLDEN, 64)
+    return _shifted(mix(seeds_N[:, None] + steps), 11).double() * 2.0**-53
+
+
+def normals(seeds_N: Tensor, count: int) -> Tensor:
+    """Standard normal numbers, float32 `[N, count]`, by Box and Muller from `uniforms`.
+
+    Computed in float64, so that devices agree to the last float32 bit or the one before it.
+    """
+    half = (count + 1) // 2
+    first, second = uniforms(seeds_N, 2 * half).chunk(2, 1)
+    radius, angle = torch.sqrt(-2 * torch.log1p(-first)), 2 * math.pi * second
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :count].float()
 
 
 @dataclass(frozen=True)

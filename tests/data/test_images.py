@@ -4,6 +4,7 @@ import io
 import struct
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,16 @@ def test_reasons_are_few_words_without_numbers_of_the_sample(blob: bytes, reason
 def test_transparent_is_white() -> None:
     clear = Image.new("RGBA", (56, 56), (0, 0, 0, 0))
     assert to_picture(decode(encoded(clear), LAYOUT), LAYOUT).getpixel((5, 5)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("width, height", [(112, 56), (56, 112), (56, 56)])
+def test_a_cropped_picture_is_the_middle_square_of_the_stored_one(width: int, height: int) -> None:
+    picture = noise(width, height)
+    left, top = (width - 56) // 2, (height - 56) // 2
+    middle = picture.crop((left, top, left + 56, top + 56))
+    cropping = replace(LAYOUT, crops_images=True)
+    found = decode(encoded(picture), cropping)
+    assert torch.equal(found, decode(encoded(middle), LAYOUT))
 
 
 def test_a_picture_survives_normalisation() -> None:

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image, ImageChops
 from world import REPOSITORY, World
 
-from mmtrain.generation.artist import Artist, Style
+from mmtrain.generation.artist import Artist
 from mmtrain.generation.prompts import parse
+from mmtrain.trained import Style
 
 RECIPE = REPOSITORY / "configs/emu/tiny_decoder.yaml"
 

@@ -140,9 +140,11 @@ class World:
         self.last_log = started.text()
         return [code for code in codes if code is not None]
 
-    def train(self, name: str, ranks: int, *overrides: str) -> list[dict[str, Any]]:
-        """Train the tiny recipe; returns the lines of `metrics.jsonl`."""
-        codes = self.run(ranks, "train", str(TINY), f"name={name}", *overrides)
+    def train(
+        self, name: str, ranks: int, *overrides: str, recipe: Path = TINY
+    ) -> list[dict[str, Any]]:
+        """Train the tiny recipe, or another; returns the lines of `metrics.jsonl`."""
+        codes = self.run(ranks, "train", str(recipe), f"name={name}", *overrides)
         assert codes == [0] * ranks, f"{name}: exit codes {codes}\n{self.last_log}"
         return self.metrics(name)
 

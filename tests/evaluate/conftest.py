@@ -9,14 +9,14 @@ import torch
 
 from mmtrain.data.vocabulary import load_vocabulary
 from mmtrain.evaluate.asking import Subject
-from mmtrain.generation.artist import Artist, Style
+from mmtrain.generation.artist import Artist
 from mmtrain.models.emu.generate import EmuSampler
 from mmtrain.models.emu.model import build_plain, parameters
 from mmtrain.models.families import spec_of
 from mmtrain.nn.init import draw_by_name
 from mmtrain.recipe import examine
 from mmtrain.settings import Phase, SourceConfig
-from mmtrain.trained import Trained
+from mmtrain.trained import Style, Trained
 
 
 @pytest.fixture(scope="session")

@@ -1,24 +1,9 @@
 """Sizes of an Emu model; the defaults are the 14B release (baaivision/Emu, Emu1/models)."""
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 from mmtrain.nn.lora import LoraConfig
-
-
-class QkNorm(Enum):
-    """Normalisation of queries and keys per head, before the rotary embedding."""
-
-    none = "none"
-    rms = "rms"
-    layer = "layer"
-
-
-class AttentionKind(Enum):
-    """Logits are scaled dot products, or cosines times a learned scale per head."""
-
-    dot = "dot"
-    cosine = "cosine"
+from mmtrain.nn.trunk import TrunkConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,25 +44,14 @@ class CausalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageConfig:
-    """LLaMA trunk with a language head and a regression head."""
+class LanguageConfig(TrunkConfig):
+    """LLaMA trunk with a language head and a regression head; LLaMA 13B by default."""
 
-    vocabulary: int = 32004  # special tokens included
     layers: int = 40
     width: int = 5120
     heads: int = 40
-    kv_heads: int = 0  # heads of keys and values, each shared by heads / kv_heads; 0 = heads
     mlp_width: int = 13824
-    norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
     context: int = 2048  # longest document, in positions
-    qk_norm: QkNorm = QkNorm.none
-    attention: AttentionKind = AttentionKind.dot
-
-    @property
-    def key_heads(self) -> int:
-        """Heads of keys and values."""
-        return self.kv_heads or self.heads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from mmtrain.data.tokens import SequenceFormat
@@ -29,7 +28,8 @@ from mmtrain.layout.plan import TensorPlan
 from mmtrain.models.emu.spec import SPECIAL_TOKENS
 from mmtrain.models.spec import BatchShape, Layer, ModelSpec
 from mmtrain.nn.flow import Flow
-from mmtrain.nn.init import InitialRules, constant, uniform
+from mmtrain.nn.init import InitialRules, torch_defaults
+from mmtrain.nn.products import flops_of
 
 LAYER = "unet"
 LOSS = "noise"
@@ -116,30 +116,9 @@ def layers(config: UNetConfig) -> list[Layer]:
 
 @lru_cache(maxsize=8)
 def initial(config: UNetConfig) -> InitialRules:
-    """How diffusers draws each parameter: torch's defaults, U(+- 1 / sqrt(inputs)); norms 1 and 0.
-
-    Names with the same inputs share a rule: a bias alone does not tell how wide its weight is.
-    """
+    """How diffusers draws each parameter: torch's defaults."""
     with torch.device("meta"):
-        unet = build_unet(config)
-    bounded: dict[float, list[str]] = {}
-    ones, zeros = [], []
-    for name, module in unet.named_modules():
-        parameters = dict(module.named_parameters(recurse=False))
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            bound = math.prod(parameters["weight"].shape[1:]) ** -0.5
-            bounded.setdefault(bound, []).extend(f"{name}.{leaf}" for leaf in parameters)
-        elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            ones.append(f"{name}.weight")
-            zeros.append(f"{name}.bias")
-        else:
-            assert not parameters, (name, type(module).__name__, "has no initial rule")
-    rules = [(_any_of(names), uniform(bound)) for bound, names in bounded.items()]
-    return [*rules, (_any_of(ones), constant(1.0)), (_any_of(zeros), constant(0.0))]
-
-
-def _any_of(names: list[str]) -> str:
-    return "{" + ",".join(f"{LAYER}.{name}" for name in names) + "}"
+        return torch_defaults(build_unet(config), LAYER)
 
 
 def flops(config: UNetConfig, shape: BatchShape) -> list[float]:
@@ -149,35 +128,16 @@ def flops(config: UNetConfig, shape: BatchShape) -> list[float]:
 
 @lru_cache(maxsize=8)
 def _sample_flops(config: UNetConfig) -> float:
-    """Products of one sample's forward pass, followed on meta tensors.
-
-    torch's own counter (`FlopCounterMode`) finds the same, in 12 s instead of 1 at SD-1.5's sizes.
-    """
-    found: list[int] = []
-
-    def count(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append(output.numel() * math.prod(module.weight.shape[1:]))
-
-    def count_attention(module: Any, inputs: tuple[Tensor, ...], told: Any, output: Tensor) -> None:
-        rows = inputs[0]
-        memory = told.get("encoder_hidden_states")
-        keys = rows if memory is None else memory
-        found.append(2 * rows.shape[0] * rows.shape[1] * keys.shape[1] * module.inner_dim)
-
     side = config.sample_size
-    with torch.device("meta"):
-        unet = build_unet(config)
-        for module in unet.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                module.register_forward_hook(count)
-            elif isinstance(module, Attention):
-                module.register_forward_hook(count_attention, with_kwargs=True)
-        unet.predict(
+
+    def run(unet: DecoderUNet) -> Tensor:
+        return unet.predict(
             torch.empty(1, config.sample_channels, side, side),
             torch.zeros(1, dtype=torch.int64),
             torch.empty(1, config.conditions, config.condition_width),
         )
-    return 2.0 * sum(found)
+
+    return flops_of(lambda: build_unet(config), run)
 
 
 def problems(config: UNetConfig, tensor: int) -> Iterator[Problem]:

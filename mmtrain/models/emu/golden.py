@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.errors import MissingError
 from mmtrain.models.emu.config import CausalConfig, EmuConfig, LanguageConfig, VisionConfig
-from mmtrain.models.emu.generate import Prompt
 from mmtrain.models.emu.model import build_plain, parameters
 from mmtrain.models.emu.names import RELEASE, without_peft
 from mmtrain.models.emu.spec import sequence
+from mmtrain.models.writing import Prompt
 from mmtrain.nn.flow import Flow
 from mmtrain.nn.lora import LoraConfig
 from mmtrain.nn.masks import Intervals

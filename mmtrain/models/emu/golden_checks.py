@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmtrain.data.batch import Targets
 from mmtrain.encoders.causal_transformer import CausalTransformer
-from mmtrain.models.emu.generate import EmuSampler, Prompt
+from mmtrain.models.emu.generate import EmuSampler
 from mmtrain.models.emu.golden import (
     Comparison,
     Golden,
@@ -29,6 +29,7 @@ from mmtrain.models.emu.golden import (
 from mmtrain.models.emu.golden_storyboards import storyboards
 from mmtrain.models.emu.model import EmuHead, parameters
 from mmtrain.models.emu.names import RELEASE, with_peft
+from mmtrain.models.writing import Prompt
 from mmtrain.nn.choice import Beams
 from mmtrain.nn.flow import Flow
 from mmtrain.nn.lora import merged

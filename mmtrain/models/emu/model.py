@@ -6,7 +6,7 @@ Everything here is single-device PyTorch; `spec.PLAN` says how tensor ranks shar
 T tokens   D width   V vocabulary   P = N * (Q + 1) regression pairs
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -15,22 +15,17 @@ from torch import Tensor, nn
 from mmtrain.encoders.causal_transformer import CausalTransformer
 from mmtrain.encoders.eva_clip import PatchStem, VisionBlock, VisionNorm
 from mmtrain.models.emu.config import (
-    AttentionKind,
     CausalConfig,
     EmuConfig,
     LanguageConfig,
-    QkNorm,
     VisionConfig,
 )
 from mmtrain.models.spec import Layer
-from mmtrain.nn.attention import Cosine, DotProduct, PackedAttention
-from mmtrain.nn.block import TransformerBlock
 from mmtrain.nn.embed import SplicedEmbedding
 from mmtrain.nn.flow import Flow
-from mmtrain.nn.lora import LoraConfig, adapters
-from mmtrain.nn.mlp import GatedMlp
 from mmtrain.nn.norm import RMSNorm
 from mmtrain.nn.objectives import TokenCrossEntropy
+from mmtrain.nn.trunk import trunk_block
 
 VISION_NORM_EPS = 1e-6  # ln_visual; not the tower's own setting
 
@@ -86,7 +81,7 @@ def layers(config: EmuConfig) -> list[Layer]:
         Layer("causal", partial(_causal, causal, vision.width, language.width)),
         Layer("embed", partial(SplicedEmbedding, language.vocabulary, language.width)),
         *(
-            Layer(f"blocks.{i}", partial(_block, language, config.lora, f"blocks.{i}"))
+            Layer(f"blocks.{i}", partial(trunk_block, language, config.lora, f"blocks.{i}"))
             for i in range(language.layers)
         ),
         Layer("head", partial(_head, language)),
@@ -153,36 +148,5 @@ def _causal(config: CausalConfig, memory_width: int, output_width: int) -> nn.Mo
     )
 
 
-def _block(config: LanguageConfig, lora: LoraConfig, name: str) -> nn.Module:
-    head_width = config.width // config.heads
-    norm = _QK_NORMS[config.qk_norm]
-    return TransformerBlock(
-        norm1=RMSNorm(config.width, config.norm_eps),
-        attention=PackedAttention(
-            config.width,
-            config.heads,
-            kv_heads=config.key_heads,
-            q_norm=norm(head_width, config.norm_eps),
-            k_norm=norm(head_width, config.norm_eps),
-            similarity=_SIMILARITIES[config.attention](config.heads),
-            beside=adapters(lora, f"{name}.attention"),
-        ),
-        norm2=RMSNorm(config.width, config.norm_eps),
-        mlp=GatedMlp(config.width, config.mlp_width, adapters(lora, f"{name}.mlp")),
-        rope_theta=config.rope_theta,
-    )
-
-
 def _head(config: LanguageConfig) -> nn.Module:
     return EmuHead(vocabulary=config.vocabulary, width=config.width, norm_eps=config.norm_eps)
-
-
-_QK_NORMS: dict[QkNorm, Callable[[int, float], nn.Module]] = {
-    QkNorm.none: lambda width, eps: nn.Identity(),
-    QkNorm.rms: RMSNorm,
-    QkNorm.layer: nn.LayerNorm,
-}
-_SIMILARITIES: dict[AttentionKind, Callable[[int], nn.Module]] = {
-    AttentionKind.dot: lambda heads: DotProduct(),
-    AttentionKind.cosine: Cosine,
-}

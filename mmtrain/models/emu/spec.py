@@ -4,18 +4,29 @@ Sources: arXiv:2307.05222 and the released modules (baaivision/Emu, Emu1/models)
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.errors import Problem
 from mmtrain.layout.names import deciding
 from mmtrain.layout.plan import Cut, TensorPlan
-from mmtrain.models.emu.config import CausalConfig, EmuConfig, LanguageConfig, VisionConfig
+from mmtrain.models.emu.config import CausalConfig, EmuConfig, VisionConfig
+from mmtrain.models.emu.generate import EmuSampler
 from mmtrain.models.emu.model import layers
 from mmtrain.models.spec import BatchShape, ModelSpec
 from mmtrain.nn import lora
 from mmtrain.nn.init import InitialRules, constant, normal, truncated_normal, uniform
 from mmtrain.nn.lora import LoraConfig
+from mmtrain.nn.trunk import (
+    HEAD_PLAN,
+    TRUNK_PLAN,
+    block_flops,
+    divides,
+    positive,
+    trunk_problems,
+    trunk_rules,
+    trunk_split_lengths,
+)
 
 SPECIAL_TOKENS = ("<s>", "</s>", "[PAD]", "[IMG]", "[/IMG]", "<image>")
 FIELDS = ("tokens", "positions", "lo", "hi", "labels", "slots", "carry", "source", "noise")
@@ -35,25 +46,13 @@ PLAN = TensorPlan(
         "causal.blocks.*.mlp.up": Cut.COLUMN,
         "causal.blocks.*.mlp.down": Cut.ROW,
         "causal.relative_bias": Cut.HEADS_1,
-        "embed.tokens": Cut.VOCAB,
-        "embed.scatter": Cut.SCATTER_ROWS,
-        "blocks.*.{norm1,norm2}.weight": Cut.ROWWISE,
-        "blocks.*.{attention,mlp}.enter": Cut.ENTER_ROWS,
-        "blocks.*.attention.{q,k,v}": Cut.COLUMN,
-        "blocks.*.attention.{q_norm,k_norm}.{weight,bias}": Cut.SHARED,
-        "blocks.*.attention.similarity.log_scale": Cut.HEADS_0,
-        "blocks.*.attention.out": Cut.ROW_SCATTERED,
-        "blocks.*.mlp.{gate,up}": Cut.COLUMN,
-        "blocks.*.mlp.down": Cut.ROW_SCATTERED,
+        **TRUNK_PLAN,
         "blocks.*.{attention,mlp}.{q,k,v,gate,up}_lora.a": Cut.SHARED,
         "blocks.*.{attention,mlp}.{q,k,v,gate,up}_lora.b": Cut.COLUMN,
         "blocks.*.{attention,mlp}.{out,down}_lora.drop": Cut.CHANNELS,
         "blocks.*.{attention,mlp}.{out,down}_lora.a": Cut.ROW_SCATTERED,
         "blocks.*.{attention,mlp}.{out,down}_lora.b": Cut.ROWWISE,
-        "head.norm.weight": Cut.ROWWISE,
-        "head.enter": Cut.ENTER_ROWS,
-        "head.unembed": Cut.VOCAB_COLUMN,
-        "head.cross_entropy": Cut.VOCAB_LOSS,
+        **HEAD_PLAN,
         "head.regress": Cut.COLUMN_GATHERED,
     }
 )
@@ -65,7 +64,9 @@ def initial(config: EmuConfig) -> InitialRules:
     return [
         *_vision_rules(config.vision),
         *_causal_rules(config),
-        *_trunk_rules(language),
+        *trunk_rules(),
+        # the regression head keeps torch's default
+        ("head.regress.weight", uniform(language.width**-0.5)),
         *lora.initial_rules("blocks.*.attention.{q,k,v,out}", language.width),
         *lora.initial_rules("blocks.*.mlp.{gate,up}", language.width),
         *lora.initial_rules("blocks.*.mlp.down", language.mlp_width),
@@ -123,23 +124,6 @@ def _causal_rules(config: EmuConfig) -> InitialRules:
     ]
 
 
-def _trunk_rules(config: LanguageConfig) -> InitialRules:
-    """LLaMA: normal 0.02; the regression head keeps torch's default."""
-    draw = normal(0.02)
-    return [
-        ("embed.tokens.weight", draw),
-        ("blocks.*.{norm1,norm2}.weight", constant(1.0)),
-        ("blocks.*.attention.{q,k,v,out}.weight", draw),
-        ("blocks.*.attention.{q_norm,k_norm}.weight", constant(1.0)),
-        ("blocks.*.attention.{q_norm,k_norm}.bias", constant(0.0)),
-        ("blocks.*.attention.similarity.log_scale", constant(math.log(10.0))),
-        ("blocks.*.mlp.{gate,up,down}.weight", draw),
-        ("head.norm.weight", constant(1.0)),
-        ("head.unembed.weight", draw),
-        ("head.regress.weight", uniform(config.width**-0.5)),
-    ]
-
-
 def flops(config: EmuConfig, shape: BatchShape) -> list[float]:
     """Forward matrix-product operations (a multiply-add is 2) of each layer, in order.
 
@@ -154,7 +138,7 @@ def flops(config: EmuConfig, shape: BatchShape) -> list[float]:
         0.0,
         _causal_flops(causal, vision, language.width, shape.images),
         0.0,
-        *[_block_flops(language, config.lora, shape.tokens)] * language.layers,
+        *[block_flops(language, config.lora, shape.tokens)] * language.layers,
         2.0 * shape.tokens * language.width * language.vocabulary
         + 2.0 * shape.images * (causal.queries + 1) * language.width**2,
     ]
@@ -178,48 +162,21 @@ def _causal_flops(
     return images * (config.layers * block + 2.0 * queries * width * output_width)
 
 
-def _block_flops(config: LanguageConfig, adapters: LoraConfig, tokens: int) -> float:
-    width = config.width
-    documents, rest = divmod(tokens, config.context)
-    pairs = documents * config.context * (config.context + 1) // 2 + rest * (rest + 1) // 2
-    keys = width * config.key_heads // config.heads
-    weights = 2 * width * (width + keys) + 3 * width * config.mlp_width
-    ends = {"k": width + keys, "v": width + keys, "q": 2 * width, "out": 2 * width}
-    beside = sum(ends.get(name, width + config.mlp_width) for name in adapters.targets)
-    weights += adapters.rank * beside
-    return 2.0 * tokens * weights + 4.0 * pairs * width
-
-
 def problems(config: EmuConfig, tensor: int) -> Iterator[Problem]:
     """Faults of the `model:` section under `tensor` tensor ranks."""
     vision, causal, language = config.vision, config.causal, config.language
-    yield from _positive("model.vision", vision)
-    yield from _positive("model.causal", causal)
-    yield from _positive("model.language", language)
-    yield from _divides(
+    yield from positive("model.vision", vision)
+    yield from positive("model.causal", causal)
+    yield from trunk_problems(language, SPECIAL_TOKENS)
+    yield from divides(
         "model.vision.image_size", vision.image_size, "patch_size", vision.patch_size
     )
-    yield from _divides("model.vision.width", vision.width, "heads", vision.heads)
-    yield from _divides("model.language.width", language.width, "heads", language.heads)
-    if language.kv_heads > 0:
-        yield from _divides("model.language.heads", language.heads, "kv_heads", language.kv_heads)
-    if language.heads > 0 and (language.width // language.heads) % 2:
-        width = language.width // language.heads
-        yield Problem(
-            "model.language.heads",
-            f"head width {width} is odd; rotary positions pair channels, choose width / heads even",
-        )
+    yield from divides("model.vision.width", vision.width, "heads", vision.heads)
     if causal.relative_buckets % 2 or causal.relative_distance <= causal.relative_buckets // 2:
         yield Problem(
             "model.causal.relative_buckets",
             f"found {causal.relative_buckets} with relative_distance {causal.relative_distance}; "
             "it must be even, and half of it below relative_distance",
-        )
-    if language.vocabulary < len(SPECIAL_TOKENS) + 1:
-        yield Problem(
-            "model.language.vocabulary",
-            f"found {language.vocabulary}; it must hold the special tokens "
-            f"{', '.join(SPECIAL_TOKENS)} and at least one word",
         )
     if language.context < causal.queries + 4:
         yield Problem(
@@ -229,7 +186,7 @@ def problems(config: EmuConfig, tensor: int) -> Iterator[Problem]:
         )
     yield from _adapters(config.lora)
     for place, value in _split_lengths(config):
-        yield from _divides(place, value, "parallel.tensor", tensor)
+        yield from divides(place, value, "parallel.tensor", tensor)
 
 
 def _adapters(config: LoraConfig) -> Iterator[Problem]:
@@ -261,27 +218,8 @@ def _split_lengths(config: EmuConfig) -> list[tuple[str, int]]:
         ("model.vision.mlp_width", config.vision.mlp_width),
         ("model.causal.heads", config.causal.heads),
         ("model.causal.mlp_width", config.causal.mlp_width),
-        ("model.language.heads", config.language.heads),
-        ("model.language.kv_heads", config.language.kv_heads),
-        ("model.language.mlp_width", config.language.mlp_width),
-        ("model.language.width", config.language.width),
+        *trunk_split_lengths(config.language),
     ]
-
-
-def _positive(place: str, section: object) -> Iterable[Problem]:
-    for key, value in vars(section).items():
-        if key == "kv_heads" and value == 0:
-            continue  # as many as heads
-        if isinstance(value, int | float) and value <= 0:
-            yield Problem(f"{place}.{key}", f"found {value}; it must be positive")
-
-
-def _divides(place: str, value: int, divisor_name: str, divisor: int) -> Iterable[Problem]:
-    if value > 0 and divisor > 0 and value % divisor:
-        allowed = ", ".join(str(d) for d in range(1, value + 1) if value % d == 0)
-        yield Problem(
-            place, f"{divisor_name} = {divisor} does not divide {value}; it may be {allowed}"
-        )
 
 
 def sequence(config: EmuConfig, ids: Mapping[str, int]) -> SequenceFormat:
@@ -315,6 +253,7 @@ EMU = ModelSpec(
     fields=FIELDS,
     sequence=sequence,
     trains=trains,
+    sampler=lambda config, layers, form: EmuSampler(layers, form),
     patterns=lambda config: {"model.lora.also_train": config.lora.also_train},
     vocabulary_tables=("embed.tokens.weight", "head.unembed.weight"),
     context=lambda config: int(config.language.context),

@@ -8,9 +8,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.errors import ContentError
-from mmtrain.models.emu.generate import EmuSampler, Limits, Packed, Prompt
+from mmtrain.models.emu.generate import EmuSampler
 from mmtrain.models.emu.model import parameters
 from mmtrain.models.emu.names import LLAMA
+from mmtrain.models.writing import Limits, Packed, Prompt
 from mmtrain.nn.choice import Beams, Nucleus
 from mmtrain.nn.embed import splice
 
@@ -77,7 +78,7 @@ def test_a_prompt_that_asks_for_an_image_gets_that_of_a_rollout_and_text_after_i
     for number in (0, 2):
         image, text = written[number]
         torch.testing.assert_close(image, images[number], atol=1e-5, rtol=1e-5)
-        rows = torch.cat([image, sampler._embed.tokens(torch.tensor([IDS["[/IMG]"]]))])
+        rows = torch.cat([image, sampler.embed.tokens(torch.tensor([IDS["[/IMG]"]]))])
         hidden = rows_without_cache(sampler, mixed[number], rows)
         logits = sampler.head.logits(hidden[-1:])
         logits[:, [IDS["[IMG]"], IDS["[/IMG]"], IDS["<image>"], IDS["[PAD]"]]] = -torch.inf

@@ -8,9 +8,9 @@ from small_emu import QUERIES, SIZE, document, drawn, packed, small
 from torch import Tensor
 
 from mmtrain.data.tokens import SequenceFormat
-from mmtrain.models.emu.config import AttentionKind, QkNorm
 from mmtrain.models.emu.model import losses, parameters
 from mmtrain.nn.flow import Flow
+from mmtrain.nn.trunk import AttentionKind, QkNorm
 
 
 def images(count: int) -> Tensor:

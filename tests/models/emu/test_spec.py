@@ -11,13 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.layout.plan import Cut, compile_pattern
-from mmtrain.models.emu.config import AttentionKind, EmuConfig, QkNorm
+from mmtrain.models.emu.config import EmuConfig
 from mmtrain.models.emu.model import build_plain, losses, parameters
 from mmtrain.models.emu.spec import EMU, PLAN, TRUNK_LINEARS
 from mmtrain.models.families import FAMILIES
 from mmtrain.models.spec import BatchShape
 from mmtrain.nn.init import draw_by_name
 from mmtrain.nn.lora import LoraConfig
+from mmtrain.nn.trunk import AttentionKind, QkNorm
 from mmtrain.settings import Phase
 
 

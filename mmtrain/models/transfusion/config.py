@@ -1,0 +1,81 @@
+"""Sizes of a Transfusion model; the defaults are the 7B of arXiv:2408.11039 with linear edges."""
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+from mmtrain.nn.diffusion import Answer, Path, Solver, Times
+from mmtrain.nn.trunk import TrunkConfig
+
+
+class Edge(Enum):
+    """What stands between latents and trunk rows."""
+
+    linear = "linear"
+    unet = "unet"  # down blocks before the trunk, up blocks behind it, joined by their skips
+
+
+class ImageAttention(Enum):
+    """What a row of an image sees of its own image."""
+
+    image = "image"  # all of it
+    causal = "causal"  # what stands before it, as in text
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """Latents of an image, and how they become rows."""
+
+    channels: int = 8  # of latents; 3 diffuses pixels
+    size: int = 32  # latents (or pixels) a side
+    factor: int = 8  # pixels that a latent stands for, each way; 1 = pixels are diffused
+    patch: int = 2  # k: k x k latents are one row
+    edge: Edge = Edge.linear
+    attention: ImageAttention = ImageAttention.image
+    unet_channels: tuple[int, ...] = (576, 1152)  # of each level; each halves the size; log2(k) + 1
+    unet_blocks: int = 2  # down a level; one more up
+    unet_head_width: int = 64
+    norm_groups: int = 32
+    latents: str | None = None  # folder written by tools/encode_latents.py; null = made in the run
+    vae: str | None = None  # diffusers folder of the frozen VAE; null = pixels are diffused
+
+    @property
+    def rows(self) -> int:
+        """Trunk rows of an image."""
+        return (self.size // self.patch) ** 2
+
+    @property
+    def values(self) -> int:
+        """Numbers of a row's latents."""
+        return self.channels * self.patch**2
+
+    @property
+    def levels(self) -> int:
+        """Levels that a U-Net edge needs to reach the trunk's grid."""
+        return int(math.log2(self.patch)) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """How images are noised in training, and how they are drawn."""
+
+    path: Path = Path.cosine
+    answer: Answer = Answer.epsilon
+    times: Times = Times.uniform
+    steps: int = 1000  # T
+    limit: int = 500  # greatest time of an image that text follows
+    drop: float = 0.1  # share of images that do not see what stands before them (guidance)
+    # greatest size of a guessed clean latent while drawing: the cosine path divides by 5e-5 at T
+    clean_limit: float = 5.0
+    solver: Solver = Solver.ddpm
+    solver_steps: int = 250
+    guidance: float = 5.0  # unconditional + guidance * (conditional - unconditional)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransfusionConfig:
+    """The `model:` section of a Transfusion recipe."""
+
+    language: TrunkConfig = field(default_factory=TrunkConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)

@@ -1,0 +1,257 @@
+"""What Transfusion declares to the platform: plan, initial weights, costs, faults, sequences.
+
+Source: arXiv:2408.11039; no code or weights of it were published.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path as File
+
+import torch
+from torch import Tensor, nn
+
+from mmtrain.data.tokens import SequenceFormat
+from mmtrain.errors import Problem
+from mmtrain.layout.plan import Cut, TensorPlan
+from mmtrain.models.spec import BatchShape, ModelSpec, StoredLatents
+from mmtrain.models.transfusion.config import Edge, ImageAttention, ImageConfig, TransfusionConfig
+from mmtrain.models.transfusion.edges import beside_numbers, edge_in, edge_out
+from mmtrain.models.transfusion.generate import TransfusionSampler
+from mmtrain.models.transfusion.model import layers
+from mmtrain.models.transfusion.noising import FIELDS, IMAGE, TEXT, Noising
+from mmtrain.nn.diffusion import Answer, Path
+from mmtrain.nn.init import InitialRules, constant, normal, torch_defaults
+from mmtrain.nn.lora import LoraConfig
+from mmtrain.nn.products import flops_of
+from mmtrain.nn.trunk import (
+    HEAD_PLAN,
+    TRUNK_PLAN,
+    block_flops,
+    divides,
+    positive,
+    trunk_problems,
+    trunk_rules,
+    trunk_split_lengths,
+)
+
+_MANIFEST = "manifest.json"  # of stored latents
+SPECIAL_TOKENS = ("<s>", "</s>", "[PAD]", "[IMG]", "[/IMG]", "<image>")
+
+# the edges are whole on every tensor rank but for the matrix that leaves the trunk, whose rows of
+# a gradient would otherwise be summed over ranks that all computed them
+PLAN = TensorPlan({**TRUNK_PLAN, **HEAD_PLAN, "head.edge.project": Cut.COLUMN_GATHERED})
+
+
+@lru_cache(maxsize=8)
+def initial(config: TransfusionConfig) -> InitialRules:
+    """LLaMA's trunk; linear edges normal 0.02, U-Net edges as torch does; the first answer is 0."""
+    image, width = config.image, config.language.width
+    if image.edge is Edge.linear:
+        edges: InitialRules = [
+            ("head.edge.project.{weight,bias}", constant(0.0)),
+            ("image.edge.{project,time.up,time.out}.weight", normal(0.02)),
+            ("image.edge.{project,time.up,time.out}.bias", constant(0.0)),
+        ]
+    else:
+        with torch.device("meta"):
+            down, up = edge_in(image, width), edge_out(image, width)
+        edges = [
+            ("head.edge.leave.{weight,bias}", constant(0.0)),
+            *torch_defaults(down, "image.edge"),
+            *torch_defaults(up, "head.edge"),
+        ]
+    return [*trunk_rules(), *edges]
+
+
+def flops(config: TransfusionConfig, shape: BatchShape) -> list[float]:
+    """Forward matrix-product operations (a multiply-add is 2) of each layer, in order."""
+    language = config.language
+    enter, leave = _edge_flops(config.image, language.width)
+    return [
+        shape.images * enter,
+        0.0,
+        *[block_flops(language, LoraConfig(), shape.tokens)] * language.layers,
+        2.0 * shape.tokens * language.width * language.vocabulary + shape.images * leave,
+    ]
+
+
+@lru_cache(maxsize=8)
+def _edge_flops(config: ImageConfig, width: int) -> tuple[float, float]:
+    """Of both halves of the edge, for one image."""
+
+    def enter(edge: nn.Module) -> Tensor:
+        latents = torch.empty(1, config.channels, config.size, config.size)
+        rows: Tensor = edge(latents, torch.zeros(1, dtype=torch.int64))
+        return rows
+
+    def leave(edge: nn.Module) -> Tensor:
+        rows = torch.empty(1, config.rows, width)
+        answer: Tensor = edge(rows, torch.empty(1, beside_numbers(config)))
+        return answer
+
+    return (
+        flops_of(lambda: edge_in(config, width), enter),
+        flops_of(lambda: edge_out(config, width), leave),
+    )
+
+
+def problems(config: TransfusionConfig, tensor: int) -> Iterator[Problem]:
+    """Faults of the `model:` section under `tensor` tensor ranks."""
+    yield from trunk_problems(config.language, SPECIAL_TOKENS)
+    yield from positive("model.image", config.image)
+    if config.image.patch > 0:
+        yield from _image_problems(config.image)
+        least = config.image.rows + 5
+        if config.language.context < least:
+            yield Problem(
+                "model.language.context",
+                f"found {config.language.context}; one image of {config.image.rows} rows, its "
+                f"marks, <s>, </s> and a word take {least} positions",
+            )
+    yield from _noise_problems(config)
+    for where, value in [*trunk_split_lengths(config.language), _leaving(config.image)]:
+        yield from divides(where, value, "parallel.tensor", tensor)
+
+
+def _leaving(image: ImageConfig) -> tuple[str, int]:
+    """Outputs of the matrix that leaves the trunk, which tensor ranks share."""
+    if image.edge is Edge.linear:
+        return "model.image.patch", image.values
+    return "model.image.unet_channels", (0, *image.unet_channels)[-1]
+
+
+def _image_problems(image: ImageConfig) -> Iterator[Problem]:
+    yield from divides("model.image.size", image.size, "patch", image.patch)
+    if (image.vae is None) != (image.factor == 1):
+        yield Problem(
+            "model.image.factor",
+            f"found {image.factor} with model.image.vae = {image.vae}; pixels are their own "
+            "latents (factor 1, vae null), a VAE's stand for more (factor 8 as a rule)",
+        )
+    if image.latents is not None and image.vae is None:
+        yield Problem(
+            "model.image.latents",
+            f"found {image.latents} without model.image.vae; name the VAE that made them: its hash "
+            "is compared, and pictures are drawn by it",
+        )
+    if image.vae is None and image.channels != 3:
+        yield Problem(
+            "model.image.channels", f"found {image.channels}; without model.image.vae use 3"
+        )
+    if image.edge is not Edge.unet:
+        return
+    if image.patch & (image.patch - 1) or len(image.unet_channels) != image.levels:
+        yield Problem(
+            "model.image.unet_channels",
+            f"{len(image.unet_channels)} levels for model.image.patch = {image.patch}; a patch of "
+            "1, 2, 4, 8 takes 1, 2, 3, 4 levels, each of which halves the size",
+        )
+    if min(image.unet_channels, default=1) <= 0:
+        yield Problem(
+            "model.image.unet_channels",
+            f"found {list(image.unet_channels)}; wanted: positive numbers",
+        )
+    for place, divisor in (
+        ("norm_groups", image.norm_groups),
+        ("unet_head_width", image.unet_head_width),
+    ):
+        odd = [width for width in image.unet_channels if divisor > 0 and width % divisor]
+        if odd:
+            yield Problem(
+                f"model.image.{place}",
+                f"{divisor} does not divide model.image.unet_channels {odd}; use a common divisor",
+            )
+
+
+def _noise_problems(config: TransfusionConfig) -> Iterator[Problem]:
+    noise = config.noise
+    if noise.path is Path.linear and noise.answer is Answer.epsilon:
+        yield Problem(
+            "model.noise.answer",
+            "epsilon under model.noise.path = linear leaves nothing of the picture at the last "
+            "time; use velocity",
+        )
+    if noise.steps < 1:
+        yield Problem("model.noise.steps", f"found {noise.steps}; it must be positive")
+    for place, value in (("limit", noise.limit), ("solver_steps", noise.solver_steps)):
+        if not 1 <= value <= noise.steps:
+            yield Problem(
+                f"model.noise.{place}",
+                f"found {value}; allowed: 1 to model.noise.steps = {noise.steps}",
+            )
+    if not 0 <= noise.drop < 1:
+        yield Problem("model.noise.drop", f"found {noise.drop}; allowed: 0 or more, below 1")
+    if not noise.clean_limit > 0:
+        yield Problem(
+            "model.noise.clean_limit", f"found {noise.clean_limit}; allowed: above 0; 1 for pixels"
+        )
+
+
+def missing(config: TransfusionConfig) -> Iterator[Problem]:
+    """The VAE and the stored latents, when their folders are not there."""
+    folder, kept = config.image.vae, config.image.latents
+    if kept is not None and not (File(kept) / _MANIFEST).is_file():
+        yield Problem(
+            "model.image.latents",
+            f"the folder {kept} holds no {_MANIFEST}; make it with tools/encode_latents.py",
+        )
+    if folder is not None and not (File(folder) / "config.json").is_file():
+        yield Problem(
+            "model.image.vae",
+            f"the folder {folder} holds no config.json; name the folder of a diffusers "
+            "AutoencoderKL",
+        )
+
+
+def stored(config: TransfusionConfig) -> StoredLatents | None:
+    """Moments of every picture, where the recipe names them."""
+    image = config.image
+    if image.latents is None or image.vae is None:
+        return None
+    form = (2 * image.channels, image.size, image.size)
+    return StoredLatents(File(image.latents), File(image.vae), form)
+
+
+def sequence(config: TransfusionConfig, ids: Mapping[str, int]) -> SequenceFormat:
+    """How documents become token rows; pictures are cropped to squares in -1..1.
+
+    The token that begins an image is learnt, so that the model chooses it; nothing is learnt from
+    its own row, and the token that ends an image is never a target.
+    """
+    bos, eos, pad, begin, end, slot = (ids[token] for token in SPECIAL_TOKENS)
+    return SequenceFormat(
+        bos=bos,
+        eos=eos,
+        pad=pad,
+        image_begin=begin,
+        image_end=end,
+        image_slot=slot,
+        visual_tokens=config.image.rows,
+        image_size=config.image.size * config.image.factor,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        crops_images=True,
+        sees_whole_image=config.image.attention is ImageAttention.image,
+        learns_image_begin=True,
+    )
+
+
+TRANSFUSION = ModelSpec(
+    name="transfusion",
+    config_type=TransfusionConfig,
+    problems=problems,
+    layers=layers,
+    plan=PLAN,
+    initial=initial,
+    flops=flops,
+    losses=(TEXT, IMAGE),
+    fields=FIELDS,
+    sequence=sequence,
+    vocabulary_tables=("embed.tokens.weight", "head.unembed.weight"),
+    context=lambda config: int(config.language.context),
+    vocabulary=lambda config: int(config.language.vocabulary),
+    prepare=Noising,
+    stored=stored,
+    sampler=TransfusionSampler,
+    missing=missing,
+)

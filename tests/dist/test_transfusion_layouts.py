@@ -1,0 +1,128 @@
+"""Transfusion gives the same losses on any parallel layout: noise and times belong to samples."""
+
+import shutil
+from typing import Any
+
+import pytest
+from test_layouts import KEYS, check_equal
+from world import REPOSITORY, World
+
+TINY = REPOSITORY / "configs/transfusion/tiny.yaml"
+STEPS = "train.steps=6"
+
+# both halves of a U-Net, skips and all, with the trunk between them
+UNET = (
+    "model.image.edge=unet",
+    "model.image.unet_channels=[8,8,16]",
+    "model.image.unet_blocks=1",
+    "model.image.unet_head_width=4",
+    "model.image.norm_groups=4",
+)
+
+LAYOUTS = {
+    "tp2": (2, "parallel.tensor=2"),
+    "pp2": (2, "parallel.pipeline=2"),
+    "pp2-after-the-edge": (2, "parallel.pipeline=2", "parallel.bounds=[1]"),
+    "tp2-pp2": (4, "parallel.tensor=2", "parallel.pipeline=2"),
+    "dp2-zero0": (2, "parallel.zero_stage=0"),
+    "dp2-zero1": (2, "parallel.zero_stage=1"),
+    "dp2-zero2": (2, "parallel.zero_stage=2"),
+    "dp2-zero3": (2, "parallel.zero_stage=3"),
+    "tp2-zero3": (2, "parallel.tensor=2", "parallel.zero_stage=3"),
+    "tp2-sequence": (2, "parallel.tensor=2", "parallel.sequence=true"),
+    "tp2-pp2-sequence": (
+        4,
+        "parallel.tensor=2",
+        "parallel.pipeline=2",
+        "parallel.sequence=true",
+    ),
+    "recompute": (1, "parallel.recompute=full"),
+    "two-workers": (1, "data.workers=2"),
+    "accumulation-1": (1, "train.micro_batch_packs=8"),
+}
+# what they combine is checked in another combination
+SLOW = {
+    "pp2",
+    "tp2-zero3",
+    "dp2-zero0",
+    "dp2-zero1",
+    "dp2-zero2",
+    "tp2",
+    "tp2-pp2",
+    "tp2-sequence",
+    "recompute",
+}
+
+
+def trained(world: World, name: str, ranks: int, *overrides: str) -> list[dict[str, Any]]:
+    return world.train(name, ranks, STEPS, *overrides, recipe=TINY)
+
+
+@pytest.fixture(scope="module")
+def reference(world: World) -> list[dict[str, Any]]:
+    """One rank."""
+    return trained(world, "one-rank", 1)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS],
+)
+def test_training_does_not_depend_on_the_layout(
+    world: World, reference: list[dict[str, Any]], layout: str
+) -> None:
+    ranks, *overrides = LAYOUTS[layout]
+    check_equal(trained(world, layout, ranks, *overrides), reference)
+    assert reference[0]["images"] > 0 and reference[0]["loss_image"] > 0.5
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "pp2-after-the-edge",
+        pytest.param("tp2-pp2-sequence", marks=pytest.mark.slow),
+        pytest.param("dp2-zero3", marks=pytest.mark.slow),
+        pytest.param("tp2-zero3", marks=pytest.mark.slow),
+    ],
+)
+def test_a_unet_edge_does_not_depend_on_the_layout(world: World, layout: str) -> None:
+    ranks, *overrides = LAYOUTS[layout]
+    steps = "train.steps=3"
+    one = trained(world, f"unet-one-{layout}", 1, *UNET, steps, "schedule.warmup_steps=1")
+    many = trained(
+        world, f"unet-{layout}", ranks, *UNET, *overrides, steps, "schedule.warmup_steps=1"
+    )
+    check_equal(many, one)
+
+
+@pytest.mark.slow
+def test_switches_of_the_family_do_not_depend_on_the_layout(world: World) -> None:
+    switches = (
+        "model.language.qk_norm=rms",
+        "model.language.kv_heads=2",
+        "model.noise.path=linear",
+        "model.noise.answer=velocity",
+        "model.noise.times=logit_normal",
+        "model.image.attention=causal",
+    )
+    one = trained(world, "switches-one", 1, *switches)
+    ranks, *overrides = LAYOUTS["tp2-pp2-sequence"]
+    check_equal(trained(world, "switches-four", ranks, *switches, *overrides), one)
+
+
+@pytest.mark.parametrize(
+    "ranks, layout",
+    [
+        pytest.param(1, (), id="one-rank", marks=pytest.mark.slow),
+        pytest.param(4, LAYOUTS["tp2-pp2"][1:], id="tp2-pp2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_to_the_last_bit(world: World, ranks: int, layout: tuple[str, ...]) -> None:
+    asked = ("save.every_steps=3", "save.keep=9", "save.background=false", *layout)
+    name = f"resumed-{ranks}"
+    whole = trained(world, name, ranks, *asked)
+    shutil.rmtree(world.folder / "runs" / name / "checkpoints/step-00000006")
+    again = trained(world, name, ranks, *asked)
+    assert [line["step"] for line in again] == [1, 2, 3, 4, 5, 6]
+    for line, wanted in zip(again, whole, strict=True):
+        assert all(line[key] == wanted[key] for key in KEYS), line["step"]
