@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,3 +65,9 @@ def test_rooms_import_only_from_floors_below() -> None:
 def test_the_package_files_of_rooms_are_empty() -> None:
     for path in PACKAGE.glob("*/**/__init__.py"):
         assert path.read_text() == "", path
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Pytest imports them by it, and would collect nothing at all."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
