@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from mmtrain import run, supply
+from mmtrain import feed, supply
 from mmtrain.data.assemble import Assembler
 from mmtrain.data.look import make_folder, open_board, show
 from mmtrain.data.picture import draw_pack
@@ -16,14 +16,14 @@ from mmtrain.settings import Phase, Recipe
 
 def look(recipe: Recipe, packs: int, out: Path, board: Path | None = None) -> int:
     """Draw the first packs of a recipe as PNG pictures into `out`, and for TensorBoard."""
-    setting = run.read_setting(recipe)
-    sources = run.open_sources(setting, recipe.data.sources)
+    setting = feed.read_setting(recipe)
+    sources = feed.open_sources(setting, recipe.data.sources)
     mixture = supply.mixture_of(recipe, sources)
     make_folder(out)
     if recipe.phase is Phase.decoder:
         samples = Samples(recipe, setting.vocabulary, setting.layout, torch.device("cpu"))
         return look_at_pairs(samples, mixture, packs, out)
-    plan = run.make_plan(setting, mixture)
+    plan = feed.make_plan(setting, mixture)
     assembler = Assembler(
         sources=sources,
         vocabulary=setting.vocabulary,

@@ -6,11 +6,9 @@ dims -> mesh -> layers -> stage bounds -> this rank's modules -> optimizer -> en
 
 import hashlib
 import logging
-import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,30 +20,33 @@ from mmtrain import lineage, supply
 from mmtrain import log as logs
 from mmtrain import recipe as recipes
 from mmtrain.checkpoint import store
-from mmtrain.data.assemble import Assembler
 from mmtrain.data.batch import Batch
-from mmtrain.data.loader import Loader, Workers, heldout_batches
-from mmtrain.data.mixture import Draws, OnePass, Source
-from mmtrain.data.pack import Plan
+from mmtrain.data.loader import Loader
 from mmtrain.data.picture import draw_pack
-from mmtrain.data.tokens import SequenceFormat
-from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.decoder.conditions import Samples
 from mmtrain.decoder.job import DecoderJob
-from mmtrain.decoder.pictures import open_pictures
 from mmtrain.errors import MmtrainError, StorageError
 from mmtrain.evaluate import session
-from mmtrain.facts import Facts, collect, positions_of_a_pack
+from mmtrain.facts import positions_of_a_pack
+from mmtrain.feed import (
+    Setting,
+    heldout_of,
+    make_plan,
+    open_sources,
+    preparation,
+    prepared,
+    read_setting,
+    training_loader,
+)
 from mmtrain.initial import initial_weights
 from mmtrain.layout.dims import ParallelDims, dims_for
 from mmtrain.layout.ranks import launched
-from mmtrain.models.families import spec_of
-from mmtrain.models.spec import BatchShape, ModelSpec, Use
+from mmtrain.models.spec import BatchShape, Use
 from mmtrain.ops import select
 from mmtrain.parallel.build import Builder, Construction, Fold, Stage, canonical_parameters
 from mmtrain.parallel.mesh import Mesh, open_mesh
 from mmtrain.process import StartUp
-from mmtrain.settings import Phase, Precision, Recipe, SourceConfig
+from mmtrain.settings import Phase, Precision, Recipe
 from mmtrain.train import loop
 from mmtrain.train.ema import Ema
 from mmtrain.train.engine import Engine, EngineSettings, FoldEngine, StageEngine
@@ -60,38 +61,6 @@ from mmtrain.train.state import TrainState
 from mmtrain.train.watch import Watch
 
 log = logging.getLogger(__name__)
-
-Prepare = Callable[[Batch], Batch]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a recipe means, before any rank builds its part."""
-
-    recipe: Recipe
-    spec: ModelSpec
-    vocabulary: Vocabulary
-    layout: SequenceFormat
-    facts: Facts
-    shapes: dict[str, tuple[int, ...]]  # full shape of every parameter, by canonical name
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return Path(self.recipe.output) / self.recipe.name
-
-
-def read_setting(recipe: Recipe) -> Setting:
-    """Family, tokenizer and parameter shapes of a checked recipe; chooses what runs its ops."""
-    select.use(recipe.ops.attention)
-    spec = spec_of(recipe.family, recipe.phase)
-    vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
-    layout = spec.sequence(recipe.model, vocabulary.ids)
-    if recipe.data.learn_image_begin:
-        layout = replace(layout, learns_image_begin=True)
-    facts = collect(recipe)
-    shapes = {name: shape for layer in facts.census for name, shape in layer.shapes.items()}
-    return Setting(recipe, spec, vocabulary, layout, facts, shapes)
 
 
 def train(recipe: Recipe, watch: Watch) -> int:
@@ -278,105 +247,6 @@ def _accumulation(recipe: Recipe, dims: ParallelDims) -> int:
     return recipe.train.global_batch_packs // (recipe.train.micro_batch_packs * dims.data)
 
 
-# --- data ----------------------------------------------------------------------------------
-
-
-def open_sources(setting: Setting, configs: dict[str, SourceConfig]) -> list[Source]:
-    """Shards and length index of every source, in the order of the recipe."""
-    return supply.open_sources(setting.recipe.data, configs, setting.vocabulary)
-
-
-def make_plan(setting: Setting, draws: Draws) -> Plan:
-    """The packs of some draws."""
-    return supply.plan_of(setting.recipe, draws, setting.layout.group_length)
-
-
-def _assembler(setting: Setting, mesh: Mesh, sources: list[Source]) -> Assembler:
-    recipe = setting.recipe
-    fixed = recipe.data.pack_images * recipe.train.micro_batch_packs
-    return Assembler(
-        sources=sources,
-        vocabulary=setting.vocabulary,
-        layout=setting.layout,
-        pack_tokens=recipe.data.pack_tokens,
-        # shapes must not change between micro-batches where they cross a stage boundary
-        image_slots=fixed if mesh.dims.pipeline > 1 else None,
-        with_pixels=mesh.is_first_stage,
-        known=open_pictures(setting.spec.stored(recipe.model), sources),
-    )
-
-
-def _loader(setting: Setting, mesh: Mesh, state: TrainState) -> Loader[Batch]:
-    recipe = setting.recipe
-    sources = open_sources(setting, recipe.data.sources)
-    plan = make_plan(setting, supply.mixture_of(recipe, sources))
-    plan.seek(state.mark)
-    return Loader(
-        plan,
-        _assembler(setting, mesh, sources),
-        global_batch_packs=recipe.train.global_batch_packs,
-        micro_batch_packs=recipe.train.micro_batch_packs,
-        data_rank=mesh.data,
-        data_ranks=mesh.dims.data,
-        workers=Workers(
-            count=recipe.data.workers,
-            prefetch=recipe.data.prefetch,
-            pinned=mesh.device.type == "cuda",
-        ),
-        start_step=state.data_step,
-        decode_failures=recipe.data.failure_limits,
-    )
-
-
-def _heldout(setting: Setting, mesh: Mesh) -> Iterator[loop.Heldout]:
-    recipe = setting.recipe
-    micro, ranks = recipe.train.micro_batch_packs, mesh.dims.data
-    for source in open_sources(setting, recipe.data.heldout):
-        plan = make_plan(setting, OnePass(source))
-        packs = min(recipe.validate.packs, plan.packs())
-        batches = partial(
-            _read_heldout,
-            plan,
-            _assembler(setting, mesh, [source]),
-            mesh,
-            packs,
-            micro,
-            _preparation(setting, mesh, Use.heldout),
-        )
-        reads = mesh.is_first_stage or mesh.is_last_stage
-        count = math.ceil(packs / (micro * ranks))
-        yield loop.Heldout(source.name, count, batches if reads else None)
-
-
-def _read_heldout(
-    plan: Plan,
-    assembler: Assembler,
-    mesh: Mesh,
-    packs: int,
-    micro_batch_packs: int,
-    prepare: Prepare,
-) -> list[Batch]:
-    batches = heldout_batches(
-        plan,
-        assembler,
-        packs=packs,
-        micro_batch_packs=micro_batch_packs,
-        data_rank=mesh.data,
-        data_ranks=mesh.dims.data,
-    )
-    return list(map(prepare, batches))
-
-
-def _preparation(setting: Setting, mesh: Mesh, use: Use) -> Prepare:
-    """What this rank makes of every micro-batch; what is frozen is on its device."""
-    return setting.spec.prepare(setting.recipe.model, setting.layout, mesh.device, use)
-
-
-def _prepared(steps: Iterator[list[Batch]], prepare: Prepare) -> Iterator[list[Batch]]:
-    for step in steps:
-        yield list(map(prepare, step))
-
-
 # --- loop ----------------------------------------------------------------------------------
 
 
@@ -387,15 +257,15 @@ def _parts(
     if recipe.phase is Phase.decoder:
         return _decoder_parts(setting, mesh, engine, ema, state)
     reads = mesh.is_first_stage or mesh.is_last_stage
-    loader = _loader(setting, mesh, state) if reads else None
-    prepare = _preparation(setting, mesh, Use.training)
+    loader = training_loader(setting, mesh, state) if reads else None
+    prepare = preparation(setting, mesh, Use.training)
     draws = partial(draw_pack, vocabulary=setting.vocabulary, layout=setting.layout, width=520)
     reporter = _reporter(setting, mesh, state) if mesh.rank == 0 else None
     saver = _saver(setting, engine, ema, reporter)
     return loop.Parts(
         engine=engine,
-        batches=_prepared(loader.steps(), prepare) if loader is not None else None,
-        heldout=tuple(_heldout(setting, mesh)) if recipe.validate.every_steps else (),
+        batches=prepared(loader.steps(), prepare) if loader is not None else None,
+        heldout=tuple(heldout_of(setting, mesh)) if recipe.validate.every_steps else (),
         reporter=reporter,
         draw=(lambda batches: draws(batches[0])) if mesh.rank == 0 else None,
         save=partial(_save, saver, loader, state.plan_origin),

@@ -38,7 +38,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are f
 import torch
 from bare_loop import BareLoop, Rows, documents_in
 
-from mmtrain import log, recipe, run
+from mmtrain import feed, log, recipe, run
 from mmtrain.data.assemble import Assembler
 from mmtrain.data.batch import Batch
 from mmtrain.data.document import Document, Modality, Part
@@ -175,14 +175,14 @@ def equal_length(read: Recipe) -> int:
     return next(length for length in range(half, 0, -1) if pack % length == 0)
 
 
-def plan_of(setting: run.Setting) -> Plan:
+def plan_of(setting: feed.Setting) -> Plan:
     """The packs of a recipe's training sources, as a run would plan them."""
     read = setting.recipe
-    sources = run.open_sources(setting, read.data.sources)
-    return run.make_plan(setting, Mixture(sources, seed=read.seed, shuffle=read.data.shuffle))
+    sources = feed.open_sources(setting, read.data.sources)
+    return feed.make_plan(setting, Mixture(sources, seed=read.seed, shuffle=read.data.shuffle))
 
 
-def assembler_of(setting: run.Setting, plan: Plan, pack_tokens: int) -> Assembler:
+def assembler_of(setting: feed.Setting, plan: Plan, pack_tokens: int) -> Assembler:
     """What reads and lays out the packs of `plan`."""
     return Assembler(
         sources=plan.draws.sources,
@@ -192,7 +192,7 @@ def assembler_of(setting: run.Setting, plan: Plan, pack_tokens: int) -> Assemble
     )
 
 
-def loader_of(setting: run.Setting, workers: int) -> Loader:
+def loader_of(setting: feed.Setting, workers: int) -> Loader:
     """The loader of a run on one data rank, at its first step."""
     read, plan = setting.recipe, plan_of(setting)
     return Loader(
@@ -230,7 +230,7 @@ def step_cases(names: Sequence[str], vocabulary: Vocabulary, documents: int) -> 
 
 def compare_step(case: StepCase, mesh: Mesh, steps: int, pace: Pace) -> list[str]:
     """One row of the table of steps."""
-    setting = run.read_setting(case.recipe)
+    setting = feed.read_setting(case.recipe)
     engine = run.build_engine(setting, mesh)
     trunk = dict(canonical_parameters(engine.named_layers()))
     bare = BareLoop(case.recipe.model.language, case.recipe.optimizer, trunk)
@@ -310,7 +310,7 @@ def step_table(rows: Iterable[Sequence[str]]) -> str:
 # --- 2: packing ----------------------------------------------------------------------------
 
 
-def padded_plan(setting: run.Setting, documents: int) -> Plan:
+def padded_plan(setting: feed.Setting, documents: int) -> Plan:
     """The same draws, `documents` at a time as they come, with no budget to fill."""
     read = setting.recipe
     room = replace(
@@ -322,7 +322,7 @@ def padded_plan(setting: run.Setting, documents: int) -> Plan:
     return plan_of(replace(setting, recipe=replace(read, data=room)))
 
 
-def pad_documents(setting: run.Setting, plan: Plan, number: int) -> Batch:
+def pad_documents(setting: feed.Setting, plan: Plan, number: int) -> Batch:
     """Batch `number` of a padded plan: each document a row as long as the longest."""
     documents = plan.pack(number).documents
     longest = max(document.selection.positions for document in documents)
@@ -339,7 +339,7 @@ def filled(packs: Sequence[PackPlan], positions: int) -> tuple[str, str]:
 
 def compare_packing(mesh: Mesh, steps: int, pace: Pace) -> str:
     """The section about packing: the demo's mixture and model."""
-    setting = run.read_setting(load("demo"))
+    setting = feed.read_setting(load("demo"))
     engine, plan = run.build_engine(setting, mesh), plan_of(setting)
     size, step_packs = plan.pack_tokens, setting.recipe.train.global_batch_packs
     packs = [plan.pack(number) for number in range(PACKS_COUNTED)]
@@ -365,7 +365,7 @@ def compare_packing(mesh: Mesh, steps: int, pace: Pace) -> str:
 
 def compare_workers(steps: int, rounds: int) -> str:
     """The section about the loader: documents of the demo, read, decoded, planned, packed."""
-    setting = run.read_setting(load("demo"))
+    setting = feed.read_setting(load("demo"))
     rates: dict[int, list[float]] = {0: [], 1: [], 2: []}
     for number in range(rounds):
         for workers in list(rates)[number % 3 :] + list(rates)[: number % 3]:
@@ -374,7 +374,7 @@ def compare_workers(steps: int, rounds: int) -> str:
     return f"## The loader\n\n{table(['workers', 'documents/s'], rows)}"
 
 
-def documents_per_second(setting: run.Setting, workers: int, steps: int) -> float:
+def documents_per_second(setting: feed.Setting, workers: int, steps: int) -> float:
     """Speed of a fresh loader that nobody else holds up, after its first batch."""
     loader = loader_of(setting, workers)
     loader.step(0)  # starts the workers

@@ -22,7 +22,7 @@ import torch
 from bench_cpu import Pace, Side, load, loader_of, race, ratios, spread, training
 from torch.nn.functional import scaled_dot_product_attention
 
-from mmtrain import log, run
+from mmtrain import feed, log, run
 from mmtrain.data.shapes import write_shapes
 from mmtrain.encoders import causal_transformer, eva_clip
 from mmtrain.layout.dims import dims_for
@@ -95,7 +95,7 @@ def main() -> int:
     ):
         log.quiet_engines()
         write_shapes(Path("demo_data"), 500, seed=0)
-        setting = run.read_setting(load("tiny"))
+        setting = feed.read_setting(load("tiny"))
         engine = run.build_engine(setting, mesh)
         loader = loader_of(setting, workers=0)
         batches = [loader.step(number) for number in range(4)]

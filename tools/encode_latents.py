@@ -26,9 +26,9 @@ from mmtrain.decoder.caching import Share, encode
 from mmtrain.decoder.conditions import Samples
 from mmtrain.decoder.pictures import encode_pictures
 from mmtrain.errors import ContentError, MmtrainError, RecipeError
+from mmtrain.feed import Setting, open_sources, read_setting
 from mmtrain.models.spec import StoredLatents
 from mmtrain.recipe import load
-from mmtrain.run import Setting, open_sources, read_setting
 from mmtrain.settings import Phase
 
 

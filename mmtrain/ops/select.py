@@ -3,7 +3,7 @@
 One place decides, so that a kernel that comes later is one more row here and nothing else
 changes. Every implementation of an op has the same contract as its torch reference. The recipe's
 `ops.attention` is told here once (`use`): where a recipe is read to train or encode by it
-(`run.read_setting`), and where a trained run is loaded to write (`generation.artist`).
+(`feed.read_setting`), and where a trained run is loaded to write (`generation.artist`).
 """
 
 from collections.abc import Iterator

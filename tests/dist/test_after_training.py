@@ -14,8 +14,8 @@ from mmtrain.data.assemble import Assembler
 from mmtrain.data.images import decode, encode_png
 from mmtrain.data.loader import heldout_batches
 from mmtrain.data.mixture import OnePass
+from mmtrain.feed import make_plan, open_sources, read_setting
 from mmtrain.models.emu.model import losses
-from mmtrain.run import make_plan, open_sources, read_setting
 from mmtrain.trained import load_layers, load_run
 
 HELDOUT = (

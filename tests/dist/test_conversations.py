@@ -6,8 +6,8 @@ from pathlib import Path
 from world import REPOSITORY, World
 
 from mmtrain.data.shards import open_shards
+from mmtrain.feed import read_setting
 from mmtrain.recipe import load
-from mmtrain.run import read_setting
 
 # a JSON of conversations beside the sources of the tiny recipe
 _SOURCE = "{path: %s, weight: 4, rule: chat, max_images: 1, max_tokens: 48}"

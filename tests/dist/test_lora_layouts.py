@@ -13,10 +13,10 @@ from mmtrain.checkpoint.portable import FullTensors, open_tensors
 from mmtrain.data.assemble import Assembler
 from mmtrain.data.loader import heldout_batches
 from mmtrain.data.mixture import OnePass
+from mmtrain.feed import Setting, make_plan, open_sources, read_setting
 from mmtrain.models.emu.model import losses
 from mmtrain.nn.lora import is_adapter, merged
 from mmtrain.recipe import examine
-from mmtrain.run import Setting, make_plan, open_sources, read_setting
 from mmtrain.trained import load_layers
 
 KEYS = ("loss", "loss_text", "loss_image", "grad_norm", "learning_rate", "tokens", "images")

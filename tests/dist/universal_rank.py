@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mmtrain import feed, run
 from mmtrain import recipe as recipes
-from mmtrain import run
 from mmtrain.cli import main as mmtrain
 from mmtrain.layout.dims import dims_for
 from mmtrain.parallel.mesh import open_mesh
@@ -43,7 +43,7 @@ def load(folder: str, path: str, *overrides: str) -> int:
     EngineSettings.to_json = universal  # type: ignore[method-assign]
     world = int(os.environ["WORLD_SIZE"])
     recipe = recipes.read(Path(path), list(overrides), world)
-    setting, layout = run.read_setting(recipe), recipe.parallel
+    setting, layout = feed.read_setting(recipe), recipe.parallel
     dims = dims_for(
         world,
         tensor=layout.tensor,
