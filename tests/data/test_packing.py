@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from made import lengths_source
 
 from mmtrain.data.choices import Overlong, Packing
+from mmtrain.data.constraints import constrained
 from mmtrain.data.mixture import Mixture, OnePass
 from mmtrain.data.pack import Cuts, Plan
 from mmtrain.data.packing import STRATEGIES, Size, first_fit, next_fit, pair, two_sided
@@ -170,3 +171,22 @@ def test_exchanges_even_out_images_where_first_fit_has_no_room() -> None:
     packs = first_fit(sizes, (100, 40))
     images = [sum(sizes[index][1] for index in pack) for pack in packs]
     assert len(packs) <= 37 and max(images) <= 1.25 * sum(images) / len(images), images
+
+
+@pytest.mark.parametrize("name", ["one", "two", "tight", "loose"])
+def test_bounded_batches_are_those_of_the_release_event_by_event(
+    traces: dict[str, Any], name: str
+) -> None:
+    (stream,) = (stream for stream in traces["constraint_batching"] if stream["name"] == name)
+    numbers = (stream["bounds"], stream["batch_size"], stream["pool_size"])
+    found = [
+        {
+            "arrival": arrival,
+            "batch": left,
+            "partial_after": list(waiting.batch),
+            "overflow_after": list(waiting.overflow),
+        }
+        for arrival, (left, waiting) in enumerate(constrained(stream["counts"], *numbers))
+    ]
+    assert found == stream["events"]
+    assert [event["batch"] for event in found if event["batch"]] == stream["batches"]
