@@ -39,9 +39,11 @@ def llava(world: World) -> Path:
 
 def test_a_json_is_read_trained_on_and_tuned_on(world: World) -> None:
     source, tokenizer = str(llava(world)), "demo_data/tokenizer"
-    command = ["data", "chat", source, "chat_of_llava", "--tokenizer", tokenizer]
+    command = ["data", "ingest", "chat", source, "chat_of_llava", "--tokenizer", tokenizer]
     assert world.run(1, *command, "--system", "none") == [0], world.last_log
-    assert "100 conversations" in world.last_log and "1 records left out" in world.last_log
+    assert (
+        "100 documents of 101 records" in world.last_log and "1 records left out" in world.last_log
+    )
     own, made = (open_shards(world.folder / f) for f in ("demo_data/chat", "chat_of_llava"))
     for number in range(100):  # the same conversations came back
         assert made.document(number).parts == own.document(number).parts
