@@ -79,6 +79,12 @@ class ServiceError(MmtrainError):
     exit_code = ExitCode.PEER
 
 
+class OccupiedError(MmtrainError):
+    """Another process works in the folder."""
+
+    exit_code = ExitCode.PEER
+
+
 class NumbersError(MmtrainError):
     """Losses or gradients stay non-finite; the last good checkpoint is whole."""
 

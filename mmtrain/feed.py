@@ -1,6 +1,5 @@
 """What a rank is fed: recipe -> family, tokenizer, sequence format -> sources -> plan -> loader."""
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -24,8 +23,6 @@ from mmtrain.parallel.mesh import Mesh
 from mmtrain.settings import Recipe, SourceConfig
 from mmtrain.train import loop
 from mmtrain.train.state import TrainState
-
-log = logging.getLogger(__name__)
 
 Prepare = Callable[[Batch], Batch]
 

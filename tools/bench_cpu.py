@@ -38,12 +38,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are f
 import torch
 from bare_loop import BareLoop, Rows, documents_in
 
-from mmtrain import feed, log, recipe, run
+from mmtrain import feed, log, recipe, run, supply
 from mmtrain.data.assemble import Assembler
 from mmtrain.data.batch import Batch
 from mmtrain.data.document import Document, Modality, Part
 from mmtrain.data.loader import Loader, Workers
-from mmtrain.data.mixture import Mixture
 from mmtrain.data.pack import PackPlan, Plan
 from mmtrain.data.rules import Draw, Rule
 from mmtrain.data.shapes import write_shapes
@@ -179,7 +178,7 @@ def plan_of(setting: feed.Setting) -> Plan:
     """The packs of a recipe's training sources, as a run would plan them."""
     read = setting.recipe
     sources = feed.open_sources(setting, read.data.sources)
-    return feed.make_plan(setting, Mixture(sources, seed=read.seed, shuffle=read.data.shuffle))
+    return feed.make_plan(setting, supply.mixture_of(read, sources))
 
 
 def assembler_of(setting: feed.Setting, plan: Plan, pack_tokens: int) -> Assembler:

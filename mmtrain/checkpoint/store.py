@@ -9,7 +9,6 @@ safetensors: no pickle is written or read.
 """
 
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from torch import Tensor
 from mmtrain.checkpoint import manifest as manifests
 from mmtrain.checkpoint.manifest import FileEntry, Manifest, describe_file
 from mmtrain.checkpoint.tensorfile import info_of, write_tensors
+from mmtrain.disk import sync
 from mmtrain.errors import ContentError, MissingError, MmtrainError, StorageError
 
 log = logging.getLogger(__name__)
@@ -151,15 +151,6 @@ def set_aside(folder: Path, reason: str) -> None:
         log.warning("%s: %s; it cannot be renamed (%s)", folder, reason, error)
         return
     log.warning("%s: %s; kept as %s", folder, reason, aside)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def verify_sizes(folder: Path, manifest: Manifest) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mmtrain.disk import sync
 from mmtrain.errors import ContentError, StorageError
 
 
@@ -48,13 +49,13 @@ def refuse_existing(path: Path) -> None:
 def publish(partial: Path, path: Path) -> None:
     """Flush every file of `partial` to disk, then rename it; raises ContentError, OSError."""
     for file in sorted(partial.rglob("*")):
-        flush(file)
+        sync(file)
     # mkdtemp makes folders that only their owner reads; this one is as open as the user's others
     partial.chmod(0o775 & ~_umask())
-    flush(partial)
+    sync(partial)
     refuse_existing(path)
     os.rename(partial, path)
-    flush(path.parent)
+    sync(path.parent)
 
 
 def _umask() -> int:
@@ -62,12 +63,3 @@ def _umask() -> int:
     found = os.umask(0o077)
     os.umask(found)
     return found
-
-
-def flush(path: Path) -> None:
-    """Have a file or a folder on disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,11 +17,9 @@ from mmtrain.data.rules import Draw, Rule, RuleOptions, select
 from mmtrain.data.shards import load_lengths, open_shards
 from mmtrain.data.sheet import rows_of
 from mmtrain.data.statistics import Statistics, measure, per_document
-from mmtrain.data.tokens import SequenceFormat
+from mmtrain.data.tokens import SPECIAL_TOKENS, SequenceFormat
 from mmtrain.data.vocabulary import load_vocabulary
 from mmtrain.errors import ExitCode
-
-_SPECIAL = ("<s>", "</s>", "[PAD]", "[IMG]", "[/IMG]", "<image>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +62,8 @@ def look_at_shards(shards: Path, view: View, out: Path, board: Path | None = Non
     vocabulary = load_vocabulary(view.tokenizer)
     reader = open_shards(shards)
     lengths = load_lengths(reader, vocabulary)
-    bos, eos, pad, begin, end, slot = vocabulary.require(_SPECIAL).values()
-    layout = SequenceFormat(
-        bos=bos,
-        eos=eos,
-        pad=pad,
-        image_begin=begin,
-        image_end=end,
-        image_slot=slot,
+    layout = SequenceFormat.of(
+        vocabulary.require(SPECIAL_TOKENS),
         visual_tokens=view.visual_tokens,
         image_size=view.image_size,
     )

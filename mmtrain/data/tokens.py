@@ -1,6 +1,11 @@
 """How a document becomes one row of tokens: special ids and the size of an image group."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
+
+# begin and end of a sequence, padding; begin and end of an image, a row of one (released for Emu)
+SPECIAL_TOKENS = ("<s>", "</s>", "[PAD]", "[IMG]", "[/IMG]", "<image>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +28,25 @@ class SequenceFormat:
     crops_images: bool = False  # to their middle square, where they are squashed otherwise
     sees_whole_image: bool = False  # a visual row sees its whole image, not only what is before it
     learns_image_begin: bool = False  # image_begin is a label too: the model may choose an image
+
+    @classmethod
+    def of(cls, ids: Mapping[str, int], **others: Any) -> Self:
+        """The format of a tokenizer with `SPECIAL_TOKENS`.
+
+        Args:
+            ids: id of each of them.
+            others: the fields that are no ids.
+        """
+        bos, eos, pad, begin, end, slot = (ids[token] for token in SPECIAL_TOKENS)
+        return cls(
+            bos=bos,
+            eos=eos,
+            pad=pad,
+            image_begin=begin,
+            image_end=end,
+            image_slot=slot,
+            **others,
+        )
 
     @property
     def group_length(self) -> int:

@@ -6,7 +6,6 @@ attempt. `verdict.json` says why the last one ended: launchers lose exit codes (
 into 1), so the first rank that fails writes it, and that is the truth.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -16,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mmtrain.errors import ExitCode, MmtrainError
+from mmtrain.disk import try_lock
+from mmtrain.errors import ExitCode, MmtrainError, OccupiedError
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +30,6 @@ RETRYABLE = (
 )
 _FRUITLESS = 3  # attempts without progress after which nothing is started
 _LOCK_SECONDS = 3.0  # the rank before this one may still be dying
-
-
-class OccupiedError(MmtrainError):
-    """Another run works in the folder."""
-
-    exit_code = ExitCode.PEER
 
 
 class StuckError(MmtrainError):
@@ -93,7 +87,7 @@ class Lease:
         path = folder / LOCK
         self._handle = path.open("a+")
         patience = time.monotonic() + _LOCK_SECONDS
-        while not self._try():
+        while not try_lock(self._handle, "start one run only"):
             if time.monotonic() > patience:
                 self._handle.seek(0)
                 holder = self._handle.read().strip() or "unknown"
@@ -108,15 +102,6 @@ class Lease:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         self._handle.write(f"host {socket.gethostname()}, pid {os.getpid()}, since {since}\n")
         self._handle.flush()
-
-    def _try(self) -> bool:
-        try:
-            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return False
-        except OSError as error:  # a file system without locks
-            log.warning("%s cannot be locked (%s); start one run only", self._handle.name, error)
-        return True
 
     def release(self) -> None:
         """Give it back before the process ends."""

@@ -16,7 +16,6 @@ import logging
 import math
 import multiprocessing
 import os
-import re
 import signal
 import socket
 import sys
@@ -26,7 +25,6 @@ import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from mmtrain import log as logs
@@ -36,6 +34,7 @@ from mmtrain.parallel.mesh import Mesh
 from mmtrain.process import ExitTimer
 from mmtrain.settings import Recipe
 from mmtrain.train.attempts import Attempts, Lease, Verdict, now
+from mmtrain.train.peers import HangError, PeerError, engine_fault, one_line, outwards, waiting_in
 from mmtrain.train.signals import Listener
 
 log = logging.getLogger(__name__)
@@ -46,28 +45,6 @@ _TICK_SECONDS = 1.0
 _GRACE_SECONDS = 20.0
 _LINGER_SECONDS = 3.0  # so that peers whose time is up as well say where they wait
 _PEER_SECONDS = 1.5  # for the verdict of a rank that failed first, and takes its peers along
-_COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
-_PACKAGE = str(Path(__file__).parents[1]) + os.sep
-# gloo, torch's store, NCCL: a socket that ended because the process behind it did
-_LOST = re.compile(
-    r"closed by peer|reset by peer|broken pipe|socket closed|got 0 bytes|pair closure|"
-    r"connection refused|remote process (exited|died)|not all ranks joined|ncclremoteerror",
-    re.IGNORECASE,
-)
-_LATE = re.compile(r"timed out|timeout", re.IGNORECASE)
-_ENGINES = ("gloo", "nccl", "c10d", "tcpstore", "socket")
-
-
-class PeerError(MmtrainError):
-    """Another rank, or what connects it, is gone."""
-
-    exit_code = ExitCode.PEER
-
-
-class HangError(MmtrainError):
-    """Nothing moves."""
-
-    exit_code = ExitCode.HANG
 
 
 class BugError(MmtrainError):
@@ -239,25 +216,25 @@ class Watch:
         if isinstance(error, MmtrainError):
             return error
         if str(error).startswith("DataLoader worker"):  # torch raises it wherever the rank is
-            return StorageError(f"a data worker is gone: {_one_line(error)}")
+            return StorageError(f"a data worker is gone: {one_line(error)}")
         trail = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
-        where = f"in section {self._section.name} after step {self.step}, {_waiting(trail)}"
+        where = f"in section {self._section.name} after step {self.step}, {waiting_in(trail)}"
         kind = engine_fault(error)
         if kind is PeerError:
             return PeerError(
-                f"lost its peer {where}: {_one_line(error)}; the rank that ended first"
+                f"lost its peer {where}: {one_line(error)}; the rank that ended first"
                 f" says why in {self.folder / 'log.txt'}"
             )
         if kind is HangError and not self._attempt:  # the ranks have not even met
             return PeerError(
-                f"no answer from a peer {where}: {_one_line(error)}; is every rank "
+                f"no answer from a peer {where}: {one_line(error)}; is every rank "
                 "started, and can it reach MASTER_ADDR:MASTER_PORT?"
             )
         if kind is HangError:
-            return HangError(f"no answer from a peer {where}: {_one_line(error)}")
+            return HangError(f"no answer from a peer {where}: {one_line(error)}")
         name = type(error).__name__
         return BugError(
-            f"{where}: {name}: {_one_line(error)}; this is a bug, please report it "
+            f"{where}: {name}: {one_line(error)}; this is a bug, please report it "
             f"with the traceback in {self.folder / 'log.txt'}"
         )
 
@@ -353,7 +330,7 @@ class Watch:
         frame = sys._current_frames().get(main) if main is not None else None
         reason = (
             f"no progress for {waited:.0f} s in section {section.name} after step {self.step} "
-            f"(allowed: {section.seconds:g} s), {_waiting(_outwards(frame))}"
+            f"(allowed: {section.seconds:g} s), {waiting_in(outwards(frame))}"
         )
         self.dump(f"{now()} {reason}")
         self._judge(ExitCode.HANG, reason)
@@ -401,60 +378,12 @@ class Watch:
         writer.join(_LINGER_SECONDS)
 
 
-def engine_fault(error: BaseException) -> type[PeerError] | type[HangError] | None:
-    """What an exception of gloo, NCCL or torch's store means; None if it is not theirs."""
-    seen: BaseException | None = error
-    while seen is not None:
-        text = str(seen)
-        theirs = type(seen).__module__.startswith("torch") or (
-            isinstance(seen, RuntimeError) and any(word in text.lower() for word in _ENGINES)
-        )
-        if theirs and _LOST.search(text):
-            return PeerError
-        if theirs and _LATE.search(text):
-            return HangError
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def _outwards(frame: FrameType | None) -> list[FrameType]:
-    frames = []
-    while frame is not None:
-        frames.append(frame)
-        frame = frame.f_back
-    return frames
-
-
-def _waiting(frames: list[FrameType]) -> str:
-    """The collective that the innermost frames are in, and who of ours called it."""
-    ours = [_place(f) for f in frames if f.f_code.co_filename.startswith(_PACKAGE)][:3]
-    called = f" called from {' < '.join(ours)}" if ours else ""
-    for frame in frames:
-        file = frame.f_code.co_filename.replace(os.sep, "/")
-        if any(part in file for part in _COLLECTIVES):
-            return f"in {frame.f_code.co_name} ({file.rpartition('/')[2]}){called}"
-    if not frames:
-        return "nowhere"
-    return f"in {frames[0].f_code.co_name} ({_place(frames[0])}){called}"
-
-
-def _place(frame: FrameType) -> str:
-    file = frame.f_code.co_filename
-    short = file.removeprefix(_PACKAGE) if file.startswith(_PACKAGE) else Path(file).name
-    return f"{short}:{frame.f_lineno} {frame.f_code.co_name}"
-
-
 def _dump(title: str, out: Any) -> None:
     out.write(title.rstrip() + "\n")
     out.flush()
     faulthandler.dump_traceback(out, all_threads=True)
     out.write("\n")
     out.flush()
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def _wait_for(path: Path, seconds: float) -> None:

@@ -236,15 +236,15 @@ def test_a_disk_that_is_full_loses_no_finished_shard(
 ) -> None:
     out, options = tmp_path / "out", (*SMALL, "--max-failures", "0.2")
     with monkeypatch.context() as patch:
-        flush, seen = journal_module.flush, []
+        sync, seen = journal_module.sync, []
 
         def full(path: Path) -> None:
             seen.append(path)
             if len(seen) > 12:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            flush(path)
+            sync(path)
 
-        patch.setattr(journal_module, "flush", full)
+        patch.setattr(journal_module, "sync", full)
         assert ingest("webdataset", source, out, *options) == ExitCode.STORAGE
     done = len(journal(out))
     assert done > 3 and not out.exists()

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from mmtrain.errors import ExitCode
+from mmtrain.errors import ExitCode, OccupiedError
 from mmtrain.train.attempts import (
     ATTEMPTS,
     VERDICT,
     Attempts,
     Lease,
-    OccupiedError,
     StuckError,
     Verdict,
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from mmtrain.train.watch import HangError, PeerError, _outwards, _waiting, engine_fault
+from mmtrain.train.peers import HangError, PeerError, engine_fault, outwards, waiting_in
 
 GLOO = "[../third_party/gloo/gloo/transport/tcp/"
 
@@ -47,7 +47,7 @@ def test_a_cause_is_looked_for_below_what_was_raised() -> None:
 
 
 def test_a_rank_outside_collectives_is_named_by_its_innermost_function() -> None:
-    said = _waiting(_outwards(sys._getframe()))
+    said = waiting_in(outwards(sys._getframe()))
     assert said.startswith("in test_a_rank_outside_collectives_is_named_by_its_innermost_function")
     assert "test_watching.py:" in said
 

@@ -16,7 +16,7 @@ from mmtrain.data.document import CHAT, Modality, Part, text_fault
 from mmtrain.data.ingest.chat_formats import FORMATS, Conversation, Reference, Said, detect
 from mmtrain.data.ingest.dropped import Dropped, Reason
 from mmtrain.data.ingest.files import SourceFile
-from mmtrain.data.ingest.kind import IngestOptions, Made, Raw, table_of
+from mmtrain.data.ingest.kind import IngestOptions, Made, Raw, check_unicode, table_of
 from mmtrain.data.ingest.records import read_records
 from mmtrain.data.ingest.text import JsonKind
 from mmtrain.data.rules import spaced
@@ -118,12 +118,7 @@ def _check_text(conversation: Conversation) -> None:
     said = [part for turn in conversation.turns for half in turn for part in half]
     for part in (conversation.system, *said):
         text = part if isinstance(part, str) else part.name
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise Dropped(
-                Reason.text, f"character {error.start + 1} of {text[:40]!r} is half a character"
-            ) from error
+        check_unicode(text, repr(text[:40]))
         if isinstance(part, str) and (fault := text_fault(text)):
             raise Dropped(Reason.text, f"{text[:40]!r}: {fault}")
 

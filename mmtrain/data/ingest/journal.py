@@ -10,9 +10,7 @@ record that is not in it. So what the journal tells is on disk, and what it does
 again, the same.
 """
 
-import fcntl
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,20 +20,13 @@ from typing import Any
 
 from mmtrain.data.document import Document
 from mmtrain.data.fetch import INDEX
-from mmtrain.data.folders import flush, publish, refuse_existing, storage_errors
+from mmtrain.data.folders import publish, refuse_existing, storage_errors
 from mmtrain.data.shards import ShardWriter
-from mmtrain.errors import ExitCode, MmtrainError, Problem, RecipeError
-
-log = logging.getLogger(__name__)
+from mmtrain.disk import sync, try_lock
+from mmtrain.errors import OccupiedError, Problem, RecipeError
 
 Json = dict[str, Any]
 _JOURNAL, _LOCK, _SHARDS, _ARRIVING = "journal.jsonl", "lock", "shards", "arriving"
-
-
-class OccupiedError(MmtrainError):
-    """Another process ingests into the same folder."""
-
-    exit_code = ExitCode.PEER
 
 
 @dataclass(frozen=True)
@@ -147,9 +138,9 @@ class Partial:
         self._lock.close()
 
     def _arrive(self, name: str) -> None:
-        flush(self._folder / _ARRIVING / name)
+        sync(self._folder / _ARRIVING / name)
         os.replace(self._folder / _ARRIVING / name, self.folder / name)
-        flush(self.folder)
+        sync(self.folder)
 
     def _go_on(self, head: Mapping[str, Any]) -> _Told:
         """Read the journal, and take away what it does not tell."""
@@ -170,15 +161,11 @@ class Partial:
 def _lock(folder: Path) -> Any:
     with storage_errors(folder):
         handle = (folder / _LOCK).open("a+")
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
+    if not try_lock(handle, "start one ingest only"):
         handle.close()
         raise OccupiedError(
             f"{folder}: another process ingests into it; wait for it or end it, or name another OUT"
-        ) from error
-    except OSError as error:  # a file system without locks
-        log.warning("%s cannot be locked (%s); start one ingest only", folder, error)
+        )
     return handle
 
 
@@ -212,7 +199,7 @@ def _write(path: Path, lines: Sequence[Json]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(arriving, path)
-    flush(path.parent)
+    sync(path.parent)
 
 
 def _changes(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Problem]:

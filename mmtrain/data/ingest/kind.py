@@ -146,15 +146,20 @@ def text_of(value: Any, what: str) -> str:
         raise Dropped(Reason.large, f"{what} has {len(value):,} characters, {MAX_TEXT:,} go")
     if "\0" in value:
         raise Dropped(Reason.text, f"{what} holds a NUL, character {value.index(chr(0)) + 1}")
+    check_unicode(value, what)
+    if not value.strip():
+        raise Dropped(Reason.no_text, f"{what} is empty")
+    return value.strip()
+
+
+def check_unicode(text: str, what: str) -> None:
+    """Raise Dropped when a text holds half of a surrogate pair, as broken JSON makes them."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise Dropped(
             Reason.text, f"character {error.start + 1} of {what} is half a character"
         ) from error
-    if not value.strip():
-        raise Dropped(Reason.no_text, f"{what} is empty")
-    return value.strip()
 
 
 def table_of(value: Any, wanted: str) -> Mapping[str, Any]:

@@ -25,7 +25,6 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.errors import Problem
 from mmtrain.layout.plan import TensorPlan
-from mmtrain.models.emu.spec import SPECIAL_TOKENS
 from mmtrain.models.spec import BatchShape, Layer, ModelSpec
 from mmtrain.nn.flow import Flow
 from mmtrain.nn.init import InitialRules, torch_defaults
@@ -174,14 +173,8 @@ def problems(config: UNetConfig, tensor: int) -> Iterator[Problem]:
 
 def sequence(config: UNetConfig, ids: Mapping[str, int]) -> SequenceFormat:
     """How a picture and its text count as a row of the frozen model."""
-    bos, eos, pad, begin, end, slot = (ids[token] for token in SPECIAL_TOKENS)
-    return SequenceFormat(
-        bos=bos,
-        eos=eos,
-        pad=pad,
-        image_begin=begin,
-        image_end=end,
-        image_slot=slot,
+    return SequenceFormat.of(
+        ids,
         visual_tokens=config.conditions,
         image_size=config.sample_size,
     )

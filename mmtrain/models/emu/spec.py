@@ -6,7 +6,7 @@ Sources: arXiv:2307.05222 and the released modules (baaivision/Emu, Emu1/models)
 import math
 from collections.abc import Iterator, Mapping
 
-from mmtrain.data.tokens import SequenceFormat
+from mmtrain.data.tokens import SPECIAL_TOKENS, SequenceFormat
 from mmtrain.errors import Problem
 from mmtrain.layout.names import deciding
 from mmtrain.layout.plan import Cut, TensorPlan
@@ -28,7 +28,6 @@ from mmtrain.nn.trunk import (
     trunk_split_lengths,
 )
 
-SPECIAL_TOKENS = ("<s>", "</s>", "[PAD]", "[IMG]", "[/IMG]", "<image>")
 FIELDS = ("tokens", "positions", "lo", "hi", "labels", "slots", "carry", "source", "noise")
 TRUNK_LINEARS = ("q", "k", "v", "out", "gate", "up", "down")  # what adapters may stand beside
 
@@ -229,13 +228,8 @@ def sequence(config: EmuConfig, ids: Mapping[str, int]) -> SequenceFormat:
         config: the model.
         ids: id of each of `SPECIAL_TOKENS`.
     """
-    return SequenceFormat(
-        bos=ids["<s>"],
-        eos=ids["</s>"],
-        pad=ids["[PAD]"],
-        image_begin=ids["[IMG]"],
-        image_end=ids["[/IMG]"],
-        image_slot=ids["<image>"],
+    return SequenceFormat.of(
+        ids,
         visual_tokens=config.causal.queries,
         image_size=config.vision.image_size,
     )

@@ -10,7 +10,7 @@ from pathlib import Path as File
 import torch
 from torch import Tensor, nn
 
-from mmtrain.data.tokens import SequenceFormat
+from mmtrain.data.tokens import SPECIAL_TOKENS, SequenceFormat
 from mmtrain.errors import Problem
 from mmtrain.layout.plan import Cut, TensorPlan
 from mmtrain.models.spec import BatchShape, ModelSpec, StoredLatents
@@ -35,7 +35,6 @@ from mmtrain.nn.trunk import (
 )
 
 _MANIFEST = "manifest.json"  # of stored latents
-SPECIAL_TOKENS = ("<s>", "</s>", "[PAD]", "[IMG]", "[/IMG]", "<image>")
 
 # the edges are whole on every tensor rank but for the matrix that leaves the trunk, whose rows of
 # a gradient would otherwise be summed over ranks that all computed them
@@ -218,14 +217,8 @@ def sequence(config: TransfusionConfig, ids: Mapping[str, int]) -> SequenceForma
     The token that begins an image is learnt, so that the model chooses it; nothing is learnt from
     its own row, and the token that ends an image is never a target.
     """
-    bos, eos, pad, begin, end, slot = (ids[token] for token in SPECIAL_TOKENS)
-    return SequenceFormat(
-        bos=bos,
-        eos=eos,
-        pad=pad,
-        image_begin=begin,
-        image_end=end,
-        image_slot=slot,
+    return SequenceFormat.of(
+        ids,
         visual_tokens=config.image.rows,
         image_size=config.image.size * config.image.factor,
         image_mean=(0.5, 0.5, 0.5),

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from mmtrain.data.assemble import TEXT
 from mmtrain.data.batch import Batch, BatchInfo, Targets
 from mmtrain.data.packed import image_rows, labels_of
-from mmtrain.data.tokens import SequenceFormat
+from mmtrain.data.tokens import SPECIAL_TOKENS, SequenceFormat
 from mmtrain.models.transfusion.config import Edge, ImageConfig, NoiseConfig, TransfusionConfig
 from mmtrain.models.transfusion.model import build_plain
-from mmtrain.models.transfusion.spec import SPECIAL_TOKENS, TRANSFUSION
+from mmtrain.models.transfusion.spec import TRANSFUSION
 from mmtrain.nn.flow import Flow
 from mmtrain.nn.init import draw_by_name
 from mmtrain.nn.noise import row_numbers
