@@ -49,7 +49,7 @@ def read_setting(recipe: Recipe) -> Setting:
     select.use(recipe.ops.attention)
     spec = spec_of(recipe.family, recipe.phase)
     vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
-    layout = spec.sequence(recipe.model, vocabulary.ids)
+    layout = supply.layout_of(recipe, vocabulary)
     if recipe.data.learn_image_begin:
         layout = replace(layout, learns_image_begin=True)
     facts = collect(recipe)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from mmtrain.data.choices import Overlong, Packing, WeightsBy
+from mmtrain.data.choices import Overlong, Packing, Resize, WeightsBy
 from mmtrain.data.rules import Rule
 from mmtrain.ops.select import Preference
 
@@ -95,6 +95,7 @@ class DataConfig:
     prefetch: int = 2  # micro-batches that each worker makes ahead of the step
     decode_failures: float = 0.01  # share of bad samples of a source beyond which a run stops
     cache_bytes: int = 0  # of the shards fetched for all sources, on each host; 0 = no bound
+    resize: Resize = Resize.fast  # exact = Pillow's filter, bit for bit as released models had it
     learn_image_begin: bool = False  # learn to begin images ([IMG] is a label); off as published
 
     @property

@@ -6,7 +6,7 @@ step, so that a run does not find out on its way.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmtrain.data.cache import ShardCache
@@ -15,6 +15,7 @@ from mmtrain.data.mixture import DrawnDocument, Draws, Mixture, Source
 from mmtrain.data.pack import Plan
 from mmtrain.data.rules import RuleOptions
 from mmtrain.data.sources import open_source
+from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.errors import Problem, RecipeError
 from mmtrain.layout.balance import table
@@ -24,6 +25,12 @@ from mmtrain.settings import DataConfig, Phase, Recipe, SourceConfig
 
 _SAMPLE = 512  # documents of each source
 _PLANNED = 1 << 20  # documents that are planned to see whether they suffice: about a minute
+
+
+def layout_of(recipe: Recipe, vocabulary: Vocabulary) -> SequenceFormat:
+    """How the recipe's family lays out documents, with the pictures that the recipe asks for."""
+    layout = spec_of(recipe.family, recipe.phase).sequence(recipe.model, vocabulary.ids)
+    return replace(layout, resize=recipe.data.resize)
 
 
 def open_sources(
@@ -226,7 +233,7 @@ def describe(recipe: Recipe) -> str:
     if remote:
         return f"  epochs: not estimated, {', '.join(remote)} are fetched when training begins"
     vocabulary = load_vocabulary(Path(data.tokenizer))
-    layout = spec_of(recipe.family, recipe.phase).sequence(recipe.model, vocabulary.ids)
+    layout = layout_of(recipe, vocabulary)
     sources = open_sources(data, data.sources, vocabulary)
     plan = plan_of(recipe, mixture_of(recipe, sources), layout.group_length)
     if recipe.phase is not Phase.decoder:

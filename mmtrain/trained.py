@@ -25,6 +25,7 @@ from mmtrain.models.spec import ModelSpec
 from mmtrain.models.writing import Limits, Prompt, TrunkSampler
 from mmtrain.nn.choice import Choose, Nucleus, greedy
 from mmtrain.settings import Recipe
+from mmtrain.supply import layout_of
 
 BATCH = 64  # prompts written at a time
 
@@ -139,7 +140,7 @@ def load_run(run: Path, checkpoint: str | None = None) -> Trained:
     vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
     tensors = portable.open_tensors(run / "checkpoints" / checkpoint if checkpoint else run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    layout = spec.sequence(recipe.model, vocabulary.ids)
+    layout = layout_of(recipe, vocabulary)
     layers = load_layers(spec, recipe.model, tensors, device)
     sampler = spec.sampler(recipe.model, layers, layout)
     return Trained(run, recipe, vocabulary, layout, sampler)

@@ -98,6 +98,7 @@ class Assembler:
             that every stage leaves out the same documents, but no pixels are made.
         known: source name -> what a frozen model made of its pictures before; it stands where
             pixels would.
+        room: memory of pixels.
     """
 
     sources: Sequence[Source]
@@ -107,6 +108,7 @@ class Assembler:
     image_slots: int | None = None
     with_pixels: bool = True
     known: Mapping[str, KnownSource] = field(default_factory=dict)
+    room: images.Room = field(default_factory=images.Room, compare=False, repr=False)
 
     def batch(self, plans: Sequence[PackPlan]) -> Made[Batch]:
         """One micro-batch of several packs, what failed, and what was planned."""
@@ -246,7 +248,7 @@ class Assembler:
     def _stacked(self, found: Sequence[Tensor], slots: int) -> Tensor:
         """Numbers of all images: decoded pixels, or what was made of them before."""
         if not self.known:
-            return images.stack(found, slots, self.layout)
+            return images.stack(found, slots, self.layout, self.room)
         form = next(iter(self.known.values())).form.latents
         return torch.stack([*found, *[torch.zeros(form)] * (slots - len(found))])
 

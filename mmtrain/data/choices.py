@@ -19,6 +19,13 @@ class Packing(Enum):
     two_sided = "two_sided"  # at most two documents a pack, as Unified-IO 2 pairs them
 
 
+class Resize(Enum):
+    """How pictures get the model's size (`data.resize`); bicubic and antialiased both times."""
+
+    fast = "fast"  # torch's vector code: nearly every pixel equal, 2 to 5 times as fast
+    exact = "exact"  # Pillow's, bit for bit the preprocessing of released models
+
+
 class Overlong(Enum):
     """What becomes of a document that is longer than `max_tokens`."""
 

@@ -2,11 +2,14 @@
 
 As released for Emu: the picture is squashed to a square with bicubic filtering, no crop, no
 aspect preserved, then normalised with CLIP's mean and standard deviation. Beyond the release:
-pictures stand upright (EXIF), 16 bits are scaled to 8, what is transparent is white.
-Cost: about 0.1 ms for a 56 px PNG, 4 ms for a 512 px JPEG, on one core.
+pictures stand upright (EXIF), 16 bits are scaled to 8, what is transparent is white, and the
+filter is torch's, whose weights have 16 bits, unless `Resize.exact` asks for Pillow's.
+Cost: about 0.1 ms for a 56 px PNG, 3 ms for a 512 px JPEG, on one core.
 """
 
 import io
+import math
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +17,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
+from torch.nn import functional
 
+from mmtrain.data.choices import Resize
 from mmtrain.data.tokens import SequenceFormat
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # what a document may hold
@@ -62,17 +68,21 @@ def pixels_of(blob: bytes, layout: SequenceFormat) -> Tensor:
     """The same before it is normalised: uint8 `[3, H, W]`; raises DecodeError as `decode`."""
     picture = _open(blob)
     side = (layout.image_size, layout.image_size)
-    if picture.size != side:
-        box = _middle(picture) if layout.crops_images else None
-        picture = picture.resize(side, Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).copy())
+    if layout.crops_images and picture.width != picture.height:
+        picture = picture.crop(_middle(picture))
+    if picture.size != side and layout.resize is Resize.exact:
+        picture = picture.resize(side, Image.Resampling.BICUBIC)
+    pixels_3HW = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    if picture.size == side:
+        return pixels_3HW.contiguous()
+    return functional.interpolate(pixels_3HW[None], side, mode="bicubic", antialias=True)[0]
 
 
-def _middle(picture: Image.Image) -> tuple[float, float, float, float]:
+def _middle(picture: Image.Image) -> tuple[int, int, int, int]:
     """The largest square in the middle of a picture: left, top, right, bottom."""
     width, height = picture.size
     short = min(width, height)
-    left, top = (width - short) / 2, (height - short) / 2
+    left, top = (width - short) // 2, (height - short) // 2
     return left, top, left + short, top + short
 
 
@@ -101,14 +111,43 @@ def encode_png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def stack(pixels: Sequence[Tensor], slots: int, layout: SequenceFormat) -> Tensor:
+class Room:
+    """Memory for batches of pixels, used again as soon as no tensor holds it.
+
+    The page faults of fresh memory cost more than the arithmetic: 0.45 ms a picture of 224 px.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is held yet."""
+        self._rows: list[npt.NDArray[np.float32]] = []
+
+    def __reduce__(self) -> tuple[type["Room"], tuple[()]]:
+        """A copy in another process begins empty."""
+        return Room, ()
+
+    def tensor(self, *shape: int) -> Tensor:
+        """float32 of `shape` with whatever numbers were there before."""
+        size = math.prod(shape)
+        # in a free row's count: the list, and the argument of getrefcount
+        free = [n for n in range(len(self._rows)) if sys.getrefcount(self._rows[n]) == 2]
+        row = next((self._rows[n] for n in free if self._rows[n].size == size), None)
+        if row is None:  # free ones of other sizes go
+            self._rows = [row for n, row in enumerate(self._rows) if n not in free]
+            row = np.empty(size, np.float32)
+            self._rows.append(row)
+        return torch.from_numpy(row).view(shape)  # holds the row as long as its storage lives
+
+
+def stack(
+    pixels: Sequence[Tensor], slots: int, layout: SequenceFormat, room: Room | None = None
+) -> Tensor:
     """Pictures of `pixels_of`, normalised, and zero dummies: float32 `[slots, 3, H, W]`.
 
     Each is written once, where it stays, and computed on while the cache holds it: a third of the
     time of torchvision's transforms and a copy.
     """
     side = layout.image_size
-    out = torch.empty(slots, 3, side, side)
+    out = (room or Room()).tensor(slots, 3, side, side)
     mean = torch.tensor(layout.image_mean).view(3, 1, 1)
     std = torch.tensor(layout.image_std).view(3, 1, 1)
     for slot, bytes_3HW in zip(out, pixels, strict=False):

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from mmtrain.data.choices import Resize
+
 # begin and end of a sequence, padding; begin and end of an image, a row of one (released for Emu)
 SPECIAL_TOKENS = ("<s>", "</s>", "[PAD]", "[IMG]", "[/IMG]", "<image>")
 
@@ -26,6 +28,7 @@ class SequenceFormat:
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     crops_images: bool = False  # to their middle square, where they are squashed otherwise
+    resize: Resize = Resize.fast
     sees_whole_image: bool = False  # a visual row sees its whole image, not only what is before it
     learns_image_begin: bool = False  # image_begin is a label too: the model may choose an image
 

@@ -40,6 +40,7 @@ from mmtrain.models.writing import Prompt
 from mmtrain.nn.flow import Flow
 from mmtrain.schema import to_plain
 from mmtrain.settings import Condition, DecoderConfig, Fit, Latent, Null, Recipe
+from mmtrain.supply import layout_of
 from mmtrain.trained import load_layers
 
 log = logging.getLogger(__name__)
@@ -73,9 +74,7 @@ class Language:
         """
         assert config.language is not None
         recipe = recipes.read(recipe_of_language(config))
-        spec = spec_of(recipe.family, recipe.phase)
-        layout = spec.sequence(recipe.model, vocabulary.ids)
-        return cls(Path(config.language), recipe, layout)
+        return cls(Path(config.language), recipe, layout_of(recipe, vocabulary))
 
     def identity(self) -> str:
         """Hash by which its weights are told from others."""

@@ -1,6 +1,7 @@
 """Pixels are those of the released preprocessing; what cannot be decoded says so."""
 
 import io
+import pickle
 import struct
 import time
 import zlib
@@ -14,12 +15,14 @@ from PIL import Image
 from torchvision import transforms
 
 from mmtrain.data import images
+from mmtrain.data.choices import Resize
 from mmtrain.data.images import DecodeError, check, decode, encode_png, to_picture
 from mmtrain.data.tokens import SequenceFormat
 
 LAYOUT = SequenceFormat(
     bos=1, eos=2, pad=3, image_begin=4, image_end=5, image_slot=6, visual_tokens=3, image_size=56
 )
+EXACT = replace(LAYOUT, resize=Resize.exact)
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -47,7 +50,41 @@ def test_pixels_equal_resize_and_normalise_of_torchvision(size: tuple[int, int],
         ]
     )
     expected = released(Image.open(io.BytesIO(blob)).convert("RGB"))
-    torch.testing.assert_close(decode(blob, LAYOUT), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(decode(blob, EXACT), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("width, height", [(56, 56), (100, 40), (31, 200), (512, 384), (256, 256)])
+def test_the_fast_filter_gives_the_pixels_of_the_exact_one_but_for_rounding(
+    width: int, height: int
+) -> None:
+    blob = encoded(noise(width, height))
+    for side in (56, 224):
+        exact, fast = (
+            images.pixels_of(blob, replace(form, image_size=side)).int() for form in (EXACT, LAYOUT)
+        )
+        off = (fast - exact).abs()
+        assert off.max() <= 8 and off.float().mean() < 0.2, (side, off.max(), off.float().mean())
+
+
+def test_memory_of_pixels_is_used_again_once_nothing_holds_it() -> None:
+    room = images.Room()
+    first = room.tensor(2, 3, 8)
+    second = room.tensor(2, 3, 8)
+    view, place = first[1], first.data_ptr()
+    assert second.data_ptr() != place
+    del first
+    assert room.tensor(2, 3, 8).data_ptr() != place  # a view holds it
+    del view
+    assert room.tensor(3, 16).data_ptr() == place
+    assert pickle.loads(pickle.dumps(room)).tensor(4).shape == (4,)
+
+
+def test_dummy_pictures_are_zero_in_used_memory() -> None:
+    room, pictures = images.Room(), [torch.full((3, 56, 56), 200, dtype=torch.uint8)] * 3
+    place = images.stack(pictures, 3, LAYOUT, room).data_ptr()
+    again = images.stack(pictures[:1], 3, LAYOUT, room)
+    assert again.data_ptr() == place
+    assert not again[1:].any() and again[0].all()
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "LA"])
