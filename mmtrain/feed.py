@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from mmtrain import supply
@@ -42,6 +42,11 @@ class Setting:
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.recipe.output) / self.recipe.name
+
+    @cached_property
+    def sources(self) -> list[Source]:
+        """Shards and length index of every training source; opened once."""
+        return open_sources(self, self.recipe.data.sources)
 
 
 def read_setting(recipe: Recipe) -> Setting:
@@ -86,12 +91,11 @@ def assembler_of(setting: Setting, mesh: Mesh, sources: list[Source]) -> Assembl
 def training_loader(setting: Setting, mesh: Mesh, state: TrainState) -> Loader[Batch]:
     """Steps of this data rank, from where the state stands."""
     recipe = setting.recipe
-    sources = open_sources(setting, recipe.data.sources)
-    plan = make_plan(setting, supply.mixture_of(recipe, sources))
+    plan = make_plan(setting, supply.mixture_of(recipe, setting.sources))
     plan.seek(state.mark)
     return Loader(
         plan,
-        assembler_of(setting, mesh, sources),
+        assembler_of(setting, mesh, setting.sources),
         global_batch_packs=recipe.train.global_batch_packs,
         micro_batch_packs=recipe.train.micro_batch_packs,
         data_rank=mesh.data,

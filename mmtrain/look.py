@@ -17,7 +17,7 @@ from mmtrain.settings import Phase, Recipe
 def look(recipe: Recipe, packs: int, out: Path, board: Path | None = None) -> int:
     """Draw the first packs of a recipe as PNG pictures into `out`, and for TensorBoard."""
     setting = feed.read_setting(recipe)
-    sources = feed.open_sources(setting, recipe.data.sources)
+    sources = setting.sources
     mixture = supply.mixture_of(recipe, sources)
     make_folder(out)
     if recipe.phase is Phase.decoder:

@@ -155,7 +155,7 @@ def _examine_data(setting: Setting, found: Path | None) -> dict[str, Any] | Mmtr
     """What the plan of packs is made from, or why the run cannot be trained by it."""
     recipe = setting.recipe
     try:
-        sources = open_sources(setting, recipe.data.sources)
+        sources = setting.sources
         now = lineage.origin(recipe, sources, setting.layout.group_length)
         state = TrainState() if found is None else state_of(found)
         lineage.check(recipe, now, state, found or setting.folder)
@@ -285,7 +285,7 @@ def _decoder_parts(
     job = DecoderJob(
         recipe,
         Samples(recipe, setting.vocabulary, setting.layout, mesh.device),
-        open_sources(setting, recipe.data.sources),
+        setting.sources,
         open_sources(setting, recipe.data.heldout),
         mesh,
     )

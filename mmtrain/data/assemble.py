@@ -29,16 +29,15 @@ from mmtrain.data.document import CHAT, Document, Modality, Part, SampleError
 from mmtrain.data.latents import KnownSource
 from mmtrain.data.mixture import Source
 from mmtrain.data.pack import PackPlan, PlannedDocument
-from mmtrain.data.packed import PackedRows, Placed, image_rows, lay_out
+from mmtrain.data.packed import FIELDS, PackedRows, Placed, image_rows, lay_out
 from mmtrain.data.rules import ImagePiece, Selection
 from mmtrain.data.sequence import InterleavedSequence, Span
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary
 from mmtrain.errors import ContentError
-from mmtrain.nn.flow import CARRY, Flow
+from mmtrain.nn.flow import Flow
 
 Item = TypeVar("Item")  # a micro-batch: `Batch`, or what becomes one in the rank
-FIELDS = ("tokens", "positions", "lo", "hi", "labels", "slots", CARRY, "source", "noise")
 TEXT, IMAGE = "text", "image"  # the losses
 
 

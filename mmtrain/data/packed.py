@@ -18,6 +18,8 @@ from mmtrain.nn.flow import CARRY
 from mmtrain.nn.noise import numbers_at
 
 NO_LABEL = -100
+# of a micro-batch, in order
+FIELDS = ("tokens", "positions", "lo", "hi", "labels", "slots", CARRY, "source", "noise")
 
 
 @dataclass(frozen=True)

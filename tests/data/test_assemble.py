@@ -6,13 +6,13 @@ import pytest
 import torch
 from made import document, kept_source, png
 
-from mmtrain.data.assemble import FIELDS, Assembler, Failure
+from mmtrain.data.assemble import Assembler, Failure
 from mmtrain.data.batch import Batch
 from mmtrain.data.document import Document
 from mmtrain.data.images import decode
 from mmtrain.data.mixture import Mixture, OnePass, Source
 from mmtrain.data.pack import PackPlan, Plan
-from mmtrain.data.packed import NO_LABEL
+from mmtrain.data.packed import FIELDS, NO_LABEL
 from mmtrain.data.rules import Rule, RuleOptions
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.data.vocabulary import Vocabulary

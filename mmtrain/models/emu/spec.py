@@ -6,6 +6,7 @@ Sources: arXiv:2307.05222 and the released modules (baaivision/Emu, Emu1/models)
 import math
 from collections.abc import Iterator, Mapping
 
+from mmtrain.data.packed import FIELDS
 from mmtrain.data.tokens import SPECIAL_TOKENS, SequenceFormat
 from mmtrain.errors import Problem
 from mmtrain.layout.names import deciding
@@ -28,7 +29,6 @@ from mmtrain.nn.trunk import (
     trunk_split_lengths,
 )
 
-FIELDS = ("tokens", "positions", "lo", "hi", "labels", "slots", "carry", "source", "noise")
 TRUNK_LINEARS = ("q", "k", "v", "out", "gate", "up", "down")  # what adapters may stand beside
 
 PLAN = TensorPlan(
