@@ -63,7 +63,7 @@ def test_the_fast_filter_gives_the_pixels_of_the_exact_one_but_for_rounding(
             images.pixels_of(blob, replace(form, image_size=side)).int() for form in (EXACT, LAYOUT)
         )
         off = (fast - exact).abs()
-        assert off.max() <= 8 and off.float().mean() < 0.2, (side, off.max(), off.float().mean())
+        assert off.max() <= 10 and off.float().mean() < 0.5, (side, off.max(), off.float().mean())
 
 
 def test_memory_of_pixels_is_used_again_once_nothing_holds_it() -> None:
