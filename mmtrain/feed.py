@@ -151,7 +151,10 @@ def preparation(setting: Setting, mesh: Mesh, use: Use) -> Prepare:
     return setting.spec.prepare(setting.recipe.model, setting.layout, mesh.device, use)
 
 
-def prepared(steps: Iterator[list[Batch]], prepare: Prepare) -> Iterator[list[Batch]]:
-    """Steps of the loader as the engine gets them."""
-    for step in steps:
-        yield list(map(prepare, step))
+def prepared(
+    steps: Iterator[list[Batch]], prepare: Prepare, first_step: int
+) -> Iterator[list[Batch]]:
+    """Steps of the loader, from `first_step` on, as the engine gets them."""
+    for number, step in enumerate(steps, first_step):
+        told = (replace(batch, info=replace(batch.info, step=number)) for batch in step)
+        yield list(map(prepare, told))

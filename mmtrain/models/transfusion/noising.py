@@ -23,6 +23,7 @@ from mmtrain.data.tokens import SequenceFormat
 from mmtrain.encoders import vae as vaes
 from mmtrain.encoders.vae import Vae
 from mmtrain.errors import ContentError
+from mmtrain.models.pictures import Pictures
 from mmtrain.models.spec import Use
 from mmtrain.models.transfusion.config import TransfusionConfig
 from mmtrain.models.transfusion.edges import beside_numbers, rows_of
@@ -175,9 +176,8 @@ class Images:
         """Read them off the fields of a micro-batch; an image takes `rows` rows."""
         fields = batch.inputs.fields
         tokens_T, lo_T = fields["tokens"], fields["lo"]
-        first_N = fields["slots"].view(-1, rows)[:, 0]
-        real_N = first_N < len(tokens_T)
-        begins_N = torch.where(real_N, first_N - 1, 0)
+        pictures = Pictures.of(batch, rows)
+        begins_N, real_N = pictures.begins_N, pictures.real_N
         marks = [layout.bos, layout.eos, layout.pad]
         marks += [layout.image_begin, layout.image_slot, layout.image_end]
         words_T = ~torch.isin(tokens_T, torch.tensor(marks))
@@ -186,8 +186,7 @@ class Images:
             0, lo_T, torch.where(words_T, row_T, -1), "amax"
         )  # at the first row of each document: its last word
         followed_N = real_N & (last_T[lo_T[begins_N]] > begins_N)
-        seeds_N = torch.where(real_N, fields["noise"][begins_N], 0)
-        return cls(begins_N, real_N, seeds_N, followed_N, rows)
+        return cls(begins_N, real_N, pictures.seeds_N, followed_N, rows)
 
     def without_condition(self, lo_T: Tensor, dropped_N: Tensor) -> Tensor:
         """First keys of the rows when some images see nothing before their begin token."""
