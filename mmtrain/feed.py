@@ -79,7 +79,7 @@ def assembler_of(setting: Setting, mesh: Mesh, sources: list[Source]) -> Assembl
         # shapes must not change between micro-batches where they cross a stage boundary
         image_slots=fixed if mesh.dims.pipeline > 1 else None,
         with_pixels=mesh.is_first_stage,
-        known=open_pictures(setting.spec.stored(recipe.model), sources),
+        known=open_pictures(setting.spec.stored(recipe.model, None), sources),
     )
 
 

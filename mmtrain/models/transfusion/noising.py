@@ -106,6 +106,10 @@ class Latents:
         """Nothing is read yet."""
         self.image, self.device = config.image, device
         self._vae: Vae | None = None
+        self._told: Tensor | None = None  # mean and deviation of each channel
+        if config.image.latent_std:
+            told = [config.image.latent_mean, config.image.latent_std]
+            self._told = torch.tensor(told, device=device).view(2, 1, -1, 1, 1)
 
     @property
     def vae(self) -> Vae | None:
@@ -136,6 +140,7 @@ class Latents:
             return pixels
         else:
             moments = self.moments(pixels)
+        moments = self._normalised(moments)
         spread = normals(mix(images.seeds_N ^ _LATENT), moments[0].numel() // 2)
         return vaes.draw(moments, spread.to(moments.device).view_as(vaes.mode(moments)))
 
@@ -146,11 +151,22 @@ class Latents:
 
     def likeliest(self, pixels: Tensor) -> Tensor:
         """Clean latents `[N, C, h, w]`, the mode of the posterior."""
-        return pixels if self.vae is None else vaes.mode(self.vae.encode(pixels))
+        return pixels if self.vae is None else vaes.mode(self._normalised(self.vae.encode(pixels)))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels `[N, 3, S, S]` in about -1..1."""
-        return latents if self.vae is None else self.vae.decode(latents)
+        if self.vae is None:
+            return latents
+        if self._told is not None:
+            latents = latents * self._told[1] + self._told[0]
+        return self.vae.decode(latents)
+
+    def _normalised(self, moments: Tensor) -> Tensor:
+        """Moments of latents with mean 0 and deviation 1, where their statistics are known."""
+        if self._told is None:
+            return moments
+        (mean, std), (found, spread) = self._told, moments.chunk(2, 1)
+        return torch.cat([(found - mean) / std, spread - 2 * std.log()], 1)
 
 
 class Images:
