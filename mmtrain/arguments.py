@@ -232,7 +232,7 @@ def convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--as",
         dest="form",
-        choices=("llama", "emu", "emu-instruct", "eva", "peft", "unet"),
+        choices=("llama", "emu", "emu-instruct", "eva", "peft", "unet", "vae"),
         help="another release's form; full tensors by canonical name if left out",
     )
     parser.add_argument(

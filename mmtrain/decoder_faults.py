@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mmtrain.data.latents import MANIFEST
+from mmtrain.data.latent_statistics import MANIFEST
 from mmtrain.data.rules import Rule
 from mmtrain.data.vocabulary import fingerprint_of
 from mmtrain.encoders.vae import read_facts

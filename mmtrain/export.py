@@ -8,15 +8,19 @@ import torch
 
 from mmtrain.checkpoint import portable
 from mmtrain.checkpoint.portable import Description
-from mmtrain.convert.canonical import described_lora, open_canonical
-from mmtrain.convert.kinds import EXPORTS, Options, convert
+from mmtrain.convert.canonical import described_lora
+from mmtrain.convert.kinds import EXPORTS, Options, convert, open_for
 from mmtrain.convert.release import Adapters
 from mmtrain.convert.writing import SHARD_BYTES
 from mmtrain.errors import ExitCode
 from mmtrain.models.emu.config import EmuConfig
 from mmtrain.models.emu.decoder import UNetConfig, build_unet
 from mmtrain.models.emu.sizes import Sizes
+from mmtrain.models.transfusion.config import TransfusionConfig
+from mmtrain.models.vae.config import VaeConfig
+from mmtrain.models.vae.model import build_autoencoder
 from mmtrain.recipe import read
+from mmtrain.schema import to_plain
 
 RECIPE = "recipe.yaml"
 
@@ -36,7 +40,7 @@ def export_release(
     """Write a checkpoint, or a folder of full tensors, as another release."""
     source = folder_of(run, checkpoint)
     chosen = EXPORTS[kind]
-    folder = open_canonical(source, described(source))
+    folder = open_for(kind, source, described(source))
     plan = chosen.plan(folder, Options(adapters=adapters))
     convert(plan, chosen.form, chosen.name, out, None, SHARD_BYTES)
     for remark in plan.remarks:
@@ -71,12 +75,18 @@ def described(path: Path) -> Description | None:
 
 
 def describe(model: Any) -> Description | None:
-    """The description of a model with these sizes; None for one that has no other forms."""
+    """The description of a model with these sizes."""
     if isinstance(model, UNetConfig):
         with torch.device("meta"):
             config = json.loads(build_unet(model).to_json_string())
         config["_class_name"] = "UNet2DConditionModel"  # what our subclass adds, diffusers lacks
         return Description(kind="unet", model={}, foreign={"config": config})
+    if isinstance(model, VaeConfig):
+        with torch.device("meta"):
+            config = json.loads(build_autoencoder(model).to_json_string())
+        return Description(kind="vae", model={}, foreign={"config": config})
+    if isinstance(model, TransfusionConfig):
+        return Description(kind="transfusion", model=to_plain(model))
     if isinstance(model, EmuConfig):
         sizes = Sizes(model, ("vision", "causal", "language"))
         lora = described_lora(model.lora) if model.lora.rank else None

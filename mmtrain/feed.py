@@ -84,7 +84,7 @@ def assembler_of(setting: Setting, mesh: Mesh, sources: list[Source]) -> Assembl
         # shapes must not change between micro-batches where they cross a stage boundary
         image_slots=fixed if mesh.dims.pipeline > 1 else None,
         with_pixels=mesh.is_first_stage,
-        known=open_pictures(setting.spec.stored(recipe.model), sources),
+        known=open_pictures(setting.spec.stored(recipe.model, None), sources),
     )
 
 
@@ -155,7 +155,10 @@ def preparation(setting: Setting, mesh: Mesh, use: Use) -> Prepare:
     return setting.spec.prepare(setting.recipe.model, setting.layout, mesh.device, use)
 
 
-def prepared(steps: Iterator[list[Batch]], prepare: Prepare) -> Iterator[list[Batch]]:
-    """Steps of the loader as the engine gets them."""
-    for step in steps:
-        yield list(map(prepare, step))
+def prepared(
+    steps: Iterator[list[Batch]], prepare: Prepare, first_step: int
+) -> Iterator[list[Batch]]:
+    """Steps of the loader, from `first_step` on, as the engine gets them."""
+    for number, step in enumerate(steps, first_step):
+        told = (replace(batch, info=replace(batch.info, step=number)) for batch in step)
+        yield list(map(prepare, told))

@@ -10,7 +10,7 @@ All faults are reported at once, as one `RecipeError`, before anything is writte
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mmtrain import decoder_faults, faults, interpolations
-from mmtrain.errors import Problem, RecipeError
+from mmtrain.errors import MmtrainError, Problem, RecipeError
 from mmtrain.interpolations import checked, one_line, resolved
 from mmtrain.models.families import FAMILIES, spec_of
 from mmtrain.models.spec import ModelSpec
@@ -97,6 +97,10 @@ def examine(
     recipe = reader.read(Recipe, plain, "")
     if spec is None or not isinstance(recipe, Recipe):
         return Examined(None, tuple(found))
+    try:
+        recipe = replace(recipe, model=spec.settled(recipe.model))
+    except MmtrainError as error:
+        found.append(Problem("model", str(error)))
     late = faults.problems(recipe, spec, world_size)
     found += [p for p in late if not _mentions(p, reader.doubtful)]
     missing = [p for p in _missing(recipe, spec) if not _mentions(p, reader.doubtful)]

@@ -264,7 +264,7 @@ def _parts(
     saver = _saver(setting, engine, ema, reporter)
     return loop.Parts(
         engine=engine,
-        batches=prepared(loader.steps(), prepare) if loader is not None else None,
+        batches=prepared(loader.steps(), prepare, loader.next_step) if loader else None,
         heldout=tuple(heldout_of(setting, mesh)) if recipe.validate.every_steps else (),
         reporter=reporter,
         draw=(lambda batches: draws(batches[0])) if mesh.rank == 0 else None,

@@ -22,7 +22,16 @@ import torch
 
 from mmtrain.convert.assemble import NewToken, rows_of, start
 from mmtrain.convert.canonical import open_canonical
-from mmtrain.convert.kinds import EXPORTS, IMPORTS, Export, Form, Import, Options, convert
+from mmtrain.convert.kinds import (
+    EXPORTS,
+    IMPORTS,
+    Export,
+    Form,
+    Import,
+    Options,
+    convert,
+    open_for,
+)
 from mmtrain.convert.plan import Plan
 from mmtrain.convert.release import Adapters
 from mmtrain.data.vocabulary import load_vocabulary
@@ -68,7 +77,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     kind: Export = EXPORTS[arguments.kind]
-    folder = open_canonical(arguments.source, described(arguments.source))
+    folder = open_for(arguments.kind, arguments.source, described(arguments.source))
     plan = kind.plan(folder, _options(arguments))
     return _finish(arguments, plan, kind.form, kind.name)
 

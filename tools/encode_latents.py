@@ -9,13 +9,15 @@
 
 The frozen model writes the rows of every caption of every source (held-out ones too), the frozen
 VAE, if there is one, encodes every picture. Of a family that diffuses inside its trunk the VAE
-encodes every picture, and no rows are written. What is there already is not made again. Several
-processes may share the work, each with its own device: --share 0/4, --share 1/4, ...
+encodes every picture, and no rows are written; mean and deviation of each channel of the latents
+are recorded in OUT/manifest.json, by which a run normalises them.
+
+What is there already is not made again. Several processes may share the work, each with its own
+device: --share 0/4, --share 1/4, ...
 """
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,8 +28,7 @@ from mmtrain.decoder.caching import Share, encode
 from mmtrain.decoder.conditions import Samples
 from mmtrain.decoder.pictures import encode_pictures
 from mmtrain.errors import ContentError, MmtrainError, RecipeError
-from mmtrain.feed import Setting, open_sources, read_setting
-from mmtrain.models.spec import StoredLatents
+from mmtrain.feed import open_sources, read_setting
 from mmtrain.recipe import load
 from mmtrain.settings import Phase
 
@@ -58,7 +59,7 @@ def _encode(options: argparse.Namespace) -> int:
     if recipe.phase is Phase.decoder:
         samples = Samples(recipe, setting.vocabulary, setting.layout, device)
         done = encode(samples, sources, options.out, kind=options.dtype, **shared)
-    elif (wanted := _stored(setting, options.out)) is not None:
+    elif (wanted := setting.spec.stored(recipe.model, options.out)) is not None:
         done = encode_pictures(wanted, setting.layout, sources, device=device, **shared)
     else:
         raise ContentError(
@@ -70,15 +71,6 @@ def _encode(options: argparse.Namespace) -> int:
         f"a damaged picture), {done.there:,} were there"
     )
     return 0
-
-
-def _stored(setting: Setting, out: Path) -> StoredLatents | None:
-    """What a family that diffuses inside its trunk keeps, in the folder asked for."""
-    model = setting.recipe.model
-    if not hasattr(model, "image"):
-        return None
-    named = replace(model, image=replace(model.image, latents=str(out)))
-    return setting.spec.stored(named)
 
 
 def _share(word: str) -> Share:

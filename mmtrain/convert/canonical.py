@@ -5,7 +5,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmtrain.checkpoint.portable import DESCRIPTION, Description, FullTensors, open_tensors
+from mmtrain.checkpoint.portable import (
+    DESCRIPTION,
+    Description,
+    FullTensors,
+    open_averaged,
+    open_tensors,
+)
 from mmtrain.convert.plan import Draft, raise_faults
 from mmtrain.convert.sources import Source, open_file
 from mmtrain.convert.writing import DROPPED
@@ -55,18 +61,21 @@ class Canonical:
         return replace(found, alpha=known if alpha is None else alpha)
 
 
-def open_canonical(path: Path, description: Description | None = None) -> Canonical:
+def open_canonical(
+    path: Path, description: Description | None = None, *, averaged: bool = False
+) -> Canonical:
     """Open a folder of full tensors, a run folder or a checkpoint.
 
     Args:
         path: the folder.
         description: of the weights; None to read the folder's own.
+        averaged: running means of the weights (`train.ema`) where a run keeps them.
 
     Raises:
         MissingError: nothing of the kind is there.
         ContentError: its files are damaged.
     """
-    tensors = open_tensors(path)
+    tensors = open_averaged(path) if averaged else open_tensors(path)
     known = description or Description.read(path) or Description(kind="full tensors", model={})
     dropped = path / DROPPED
     return Canonical(

@@ -1,4 +1,4 @@
-"""Diffusers folders of SD 1.5: the UNet to full tensors and back, the VAE checked and copied.
+"""Diffusers folders: a UNet to full tensors and back, a VAE checked and copied, or written.
 
 Emu's visual decoder is SD 1.5's UNet that attends to visual embeddings instead of CLIP's text: keys
 and values of every cross-attention (`attn2.to_k`, `attn2.to_v`) read another width, so they are
@@ -6,11 +6,12 @@ drawn anew, as torch draws a linear, by name and seed. All else is kept.
 
 What a folder must hold is what diffusers' own class has for its `config.json`, built without
 numbers. The VAE stays a diffusers folder, for training too; older names of its attention are
-brought up to date.
+brought up to date. One that was trained here becomes such a folder.
 """
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from mmtrain.errors import ContentError
 from mmtrain.nn.init import draw_by_name, uniform
 
 PREFIX = "unet."
+AUTOENCODER, CRITIC = "vae.autoencoder.", "vae.critic."
 STEMS = ("diffusion_pytorch_model",)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _CROSS = re.compile(r".+\.attn2\.to_[kv]\.weight")
@@ -94,6 +96,28 @@ def read_vae(path: Path) -> Plan:
     return draft.plan(f"{path} -> a diffusers VAE", {"config.json": _config_text(config)})
 
 
+def write_vae(folder: Canonical) -> Plan:
+    """Full tensors of a trained VAE to a diffusers folder; its critic is left out.
+
+    Raises:
+        ContentError: the folder does not say its configuration, or does not hold what it says.
+    """
+    config = (folder.description.foreign or {}).get("config")
+    if folder.description.kind != "vae" or config is None:
+        raise ContentError(
+            f"{folder.source.path}: its kind is {folder.description.kind}, expected vae with the "
+            f"VAE's configuration in {DESCRIPTION}"
+        )
+    shapes = _shapes(AutoencoderKL, "AutoencoderKL", config, folder.source.path)
+    source = folder.source.renamed(lambda name: name.removeprefix(AUTOENCODER))
+    critic = [name for name in source.infos if name.startswith(CRITIC)]
+    draft = _read(source, shapes, "the VAE of its description", "", critic)
+    for name in critic:
+        draft.leave_out(name, "of the critic, which serves training alone")
+    texts = {"config.json": _config_text(config)}
+    return draft.plan(f"{folder.source.path} -> a diffusers VAE", texts)
+
+
 def unet_shapes(config: dict[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the UNet of a configuration, by diffusers' names."""
     return _shapes(UNet2DConditionModel, "UNet2DConditionModel", config, path)
@@ -112,9 +136,15 @@ def _shapes(kind: Any, name: str, config: dict[str, Any], path: Path) -> dict[st
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
-def _read(source: Source, shapes: dict[str, tuple[int, ...]], what: str, prefix: str) -> Draft:
+def _read(
+    source: Source,
+    shapes: dict[str, tuple[int, ...]],
+    what: str,
+    prefix: str,
+    beside: Sequence[str] = (),
+) -> Draft:
     draft = Draft(source, what)
-    draft.unknown([name for name in source.infos if name not in shapes])
+    draft.unknown([name for name in source.infos if name not in shapes and name not in beside])
     for name in source.infos.keys() & shapes.keys():
         draft.add(copy_of(source, name, prefix + name))
     expected = {prefix + name: shape for name, shape in shapes.items()}

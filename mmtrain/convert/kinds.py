@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from mmtrain.checkpoint.portable import Description
 from mmtrain.convert import adapters, diffusion, llama, meta_llama, release, writing
-from mmtrain.convert.canonical import Canonical
+from mmtrain.convert.canonical import Canonical, open_canonical
 from mmtrain.convert.plan import Plan
 from mmtrain.convert.release import Adapters
+from mmtrain.errors import ContentError
 from mmtrain.models.emu.config import EmuConfig
 
 
@@ -72,6 +74,7 @@ class Export:
         options: names of the options it looks at.
         form: of what is written.
         name: of the weight file, when the form is a folder with one.
+        averaged: whether a run's running means are taken where it keeps them (`train.ema`).
     """
 
     summary: str
@@ -79,6 +82,7 @@ class Export:
     options: tuple[str, ...] = ()
     form: Form = Form.shards
     name: str = ""
+    averaged: bool = False
 
 
 IMPORTS: Mapping[str, Import] = {
@@ -161,7 +165,41 @@ EXPORTS: Mapping[str, Export] = {
         form=Form.single,
         name=diffusion.WEIGHTS,
     ),
+    "vae": Export(
+        "a diffusers VAE folder, as model.image.vae and decoder.vae read it",
+        lambda folder, options: diffusion.write_vae(folder),
+        form=Form.single,
+        name=diffusion.WEIGHTS,
+        averaged=True,
+    ),
 }
+
+# kinds of which not every form can be made, whatever names their tensors have
+_FORMS: Mapping[str, tuple[str, ...]] = {"transfusion": (), "vae": ("vae",)}
+
+
+def open_for(form: str, path: Path, description: Description | None) -> Canonical:
+    """Open full tensors, a run or a checkpoint to write it in a form.
+
+    Args:
+        form: a name of `EXPORTS`.
+        path: the folder.
+        description: of the weights; None to read the folder's own.
+
+    Raises:
+        MissingError: nothing of the kind is there.
+        ContentError: its files are damaged, or weights of its kind have no such form.
+    """
+    folder = open_canonical(path, description, averaged=EXPORTS[form].averaged)
+    kind = folder.description.kind
+    forms = _FORMS.get(kind, (form,))
+    if form not in forms:
+        others = f"{', '.join(forms)}, or " if forms else ""
+        raise ContentError(
+            f"{path}: weights of the kind {kind} cannot be written as {form}; their forms: "
+            f"{others}full tensors by canonical name (mmtrain convert without --as)"
+        )
+    return folder
 
 
 def convert(

@@ -33,6 +33,7 @@ class BatchInfo:
     tokens: int  # real tokens, padding not counted
     images: int  # real images, dummies not counted
     slots: int  # positions, padding included
+    step: int = 0  # batches of the run before this one; 0 for held-out ones
 
 
 @dataclass(frozen=True)

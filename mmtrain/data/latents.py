@@ -3,7 +3,8 @@
 What the frozen models make of a document does not change while the decoder is trained; 32 rows of
 5,120 in bf16 are 320 KiB a sample (specs of Emu, section 3.3). A cache is a folder:
 
-    manifest.json               what it was made by and of; a run with anything else is refused
+    manifest.json               what it was made by and of; a run with anything else is refused;
+                                of latents of all pictures also their statistics
     null.safetensors            the rows that stand for no condition
     KEY/START-STOP/             MDS shards: one row for each document START .. STOP - 1 of a source
                                 in stored order, so that a document is found by its number; the
@@ -16,7 +17,7 @@ Q condition rows a picture   D their width   C channels, h x w size of what is d
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,13 @@ from torch import Tensor
 from mmtrain.data.fetch import HASH
 from mmtrain.data.folders import storage_errors, temporary_folder
 from mmtrain.data.images import DecodeError
+from mmtrain.data.latent_statistics import MANIFEST, Sums
 from mmtrain.data.mixture import Source
 from mmtrain.data.rows import Rows, open_rows
 from mmtrain.errors import ContentError, MissingError, StorageError
 
 COLUMNS = {"id": "str", "conditions": "bytes", "latents": "bytes"}
-MANIFEST, NULL = "manifest.json", "null.safetensors"
+NULL = "null.safetensors"
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PART = re.compile(r"(\d{12})-(\d{12})")
 _SHARD_BYTES = 1 << 26
@@ -212,14 +214,30 @@ class Cache:
             if match:
                 yield int(match[1]), int(match[2]), path
 
+    def folders(self, key: str, documents: int) -> list[Path]:
+        """Folders of the parts of a source with so many documents; fewer if some are missing."""
+        return [path for start, _, path in sorted(self._parts(key)) if start < documents]
+
     def has(self, key: str, start: int, stop: int) -> bool:
         """Whether a part is there."""
         return self._place(key, start, stop).is_dir()
 
     def write(
-        self, key: str, start: int, stop: int, rows: Iterable[tuple[str, Known | None]]
+        self,
+        key: str,
+        start: int,
+        stop: int,
+        rows: Iterable[tuple[str, Known | None]],
+        sums: Callable[[], Sums | None],
     ) -> None:
-        """Write the part of documents start .. stop - 1: (sample id, what is known or None).
+        """Write the part of documents start .. stop - 1.
+
+        Args:
+            key: of the source.
+            start: first document.
+            stop: the one behind the last.
+            rows: (sample id, what is known or None) of each.
+            sums: what is kept beside them, once all are written.
 
         Raises:
             StorageError: it cannot be written; nothing half-written stays.
@@ -235,6 +253,8 @@ class Cache:
                         writer.write(self._row(sample_id, known))
                 with storage_errors(partial):
                     writer.finish()
+                    if (found := sums()) is not None:
+                        found.write(partial)
             except BaseException:
                 writer.cancel_future_jobs()
                 raise

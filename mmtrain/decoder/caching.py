@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import Protocol
 
 from mmtrain.data import latents
+from mmtrain.data.latent_statistics import Sums
 from mmtrain.data.latents import Cache, Known
 from mmtrain.data.mixture import OnePass, Source
 from mmtrain.data.pairs import PairAssembler
@@ -48,6 +49,10 @@ class Part(Protocol):
 
     def rows(self, start: int, stop: int) -> Iterator[tuple[str, Known | None]]:
         """(sample id, what the frozen models make of it) of documents start .. stop - 1."""
+        ...
+
+    def sums(self) -> Sums | None:
+        """Of the latents of all rows so far, where they are kept."""
         ...
 
 
@@ -105,7 +110,7 @@ def write_parts(
                 continue
             began = perf_counter()
             writing = part(source)
-            cache.write(key, start, stop, writing.rows(start, stop))
+            cache.write(key, start, stop, writing.rows(start, stop), writing.sums)
             made, left_out = made + writing.made, left_out + writing.left_out
             rate = (stop - start) / (perf_counter() - began)
             log.info(
@@ -139,6 +144,10 @@ class _Part:
             for number in range(first, last):
                 sample_id = self.source.lengths.document(number).sample_id
                 yield sample_id, ready.get(f"{self.source.name}/{sample_id}")
+
+    def sums(self) -> Sums | None:
+        """None: latents of a decoder are scaled by its VAE alone."""
+        return None
 
     def _known(self, start: int, stop: int) -> dict[str, Known]:
         """By name of the sample; those that are no pair, or damaged, are not there."""

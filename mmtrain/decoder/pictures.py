@@ -2,7 +2,8 @@
 
 The same cache as that of conditions (`data.latents`), without conditions: mean and log variance
 that a frozen VAE gives for each picture of a document, in stored order. What a sequence takes of a
-document is chosen later, so one cache serves every rule and length.
+document is chosen later, so one cache serves every rule and length. Mean and deviation of each
+channel stand in its manifest once all parts are there; they are recorded once.
 """
 
 import logging
@@ -11,15 +12,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mmtrain.data import images, latents
+from mmtrain.data import images, latent_statistics, latents
+from mmtrain.data.folders import storage_errors
 from mmtrain.data.images import DecodeError
+from mmtrain.data.latent_statistics import Sums
 from mmtrain.data.latents import Cache, Form, Known, KnownSource, Origin
 from mmtrain.data.mixture import Source
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.decoder.caching import Encoded, Share, write_parts
 from mmtrain.encoders import vae as vaes
 from mmtrain.encoders.vae import Vae
-from mmtrain.errors import ContentError
+from mmtrain.errors import ContentError, MissingError
 from mmtrain.models.spec import StoredLatents
 
 log = logging.getLogger(__name__)
@@ -61,12 +64,40 @@ def encode_pictures(
     form = Form(kind="fp32", conditions=(0, 0), latents=wanted.form)
     cache = latents.begin(wanted.folder, _origin(wanted), form, torch.zeros(0, 0))
     keyed = [(latents.picture_key(source), source) for source in sources]
-    return write_parts(
+    done = write_parts(
         cache,
         keyed,
         lambda source: _Part(vae, layout, source),
         part_documents=part_documents,
         share=share,
+    )
+    _record(cache, keyed)
+    return done
+
+
+def _record(cache: Cache, keyed: Sequence[tuple[str, Source]]) -> None:
+    """Put the statistics of all latents into the manifest, once all parts are there."""
+    try:
+        for key, source in keyed:
+            cache.source(key, len(source.lengths))
+    except MissingError:
+        log.info("statistics of latents: recorded by the process that writes the last part")
+        return
+    parts = [path for key, source in keyed for path in cache.folders(key, len(source.lengths))]
+    with storage_errors(cache.folder):
+        found = latent_statistics.record(cache.folder, parts)
+    if found is None:
+        log.warning(
+            "%s: no statistics of latents recorded, its parts are older than those; latents are "
+            "not normalised. To have them, make the folder anew",
+            cache.folder,
+        )
+        return
+    log.info(
+        "latents of %d pictures: mean %s, deviation %s",
+        found.pictures,
+        " ".join(f"{value:.3f}" for value in found.mean),
+        " ".join(f"{value:.3f}" for value in found.std),
     )
 
 
@@ -114,6 +145,11 @@ class _Part:
     def __init__(self, vae: Vae, layout: SequenceFormat, source: Source) -> None:
         self.vae, self.layout, self.source = vae, layout, source
         self.made = self.left_out = 0
+        self._sums = Sums.none(vae.facts.channels)
+
+    def sums(self) -> Sums | None:
+        """Of the latents of all rows so far."""
+        return self._sums
 
     def rows(self, start: int, stop: int) -> Iterator[tuple[str, Known | None]]:
         """(sample id, moments of its pictures or None) of documents start .. stop - 1."""
@@ -123,6 +159,8 @@ class _Part:
             counts = [0 if pixels is None else len(pixels) for pixels in decoded]
             found = [picture for pixels in decoded for picture in pixels or ()]
             moments = self.vae.encode(torch.stack(found)).cpu() if found else torch.zeros(0)
+            if found:
+                self._sums = self._sums + Sums.of(moments)
             parts = torch.split(moments, counts)
             for number, pixels, part in zip(numbers, decoded, parts, strict=True):
                 self.made += pixels is not None

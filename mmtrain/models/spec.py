@@ -73,8 +73,12 @@ class StoredLatents:
     form: tuple[int, int, int]
 
 
-def _nothing_stored(config: Any) -> StoredLatents | None:
+def _nothing_stored(config: Any, folder: Path | None) -> StoredLatents | None:
     return None
+
+
+def _settled_as_written(config: Any) -> Any:
+    return config
 
 
 def _writes_nothing(
@@ -112,8 +116,11 @@ class ModelSpec:
         prepare: (config, sequence format, device, use) -> what a rank makes of a micro-batch of
             the loader before the engine gets it: of pixels what the first layer takes, by frozen
             models and drawn noise. A function of the batch alone.
-        stored: config -> latents of the pictures that were made before, if the section names
-            any; `prepare` finds them where pixels would be.
+        stored: (config, folder) -> latents of all pictures that were made before, in the folder
+            that the section names, or that shall be made in `folder`; None for a model that takes
+            none. `prepare` finds them where pixels would be.
+        settled: config -> the same with what the files it names decide written into it, so that
+            the run's own recipe says it.
         sampler: (config, layers by name, sequence format) -> what writes with trained layers.
         missing: config -> files that the section names and that are not there.
     """
@@ -136,7 +143,8 @@ class ModelSpec:
     prepare: Callable[[Any, SequenceFormat, torch.device, Use], Callable[[Batch], Batch]] = (
         _as_it_is
     )
-    stored: Callable[[Any], StoredLatents | None] = _nothing_stored
+    stored: Callable[[Any, Path | None], StoredLatents | None] = _nothing_stored
+    settled: Callable[[Any], Any] = _settled_as_written
     sampler: Callable[[Any, Mapping[str, nn.Module], SequenceFormat], TrunkSampler] = (
         _writes_nothing
     )

@@ -1,4 +1,7 @@
-"""Latents of a frozen VAE: made in the rank, or before and kept as shards; writing with them."""
+"""Latents of a frozen VAE: made in the rank, or before and kept as shards; writing with them.
+
+Both ways they are normalised by the statistics of all of them.
+"""
 
 import json
 import shutil
@@ -10,6 +13,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from test_layouts import check_equal
 from world import REPOSITORY, World
+
+from mmtrain.recipe import read
 
 TINY = REPOSITORY / "configs/transfusion/tiny.yaml"
 OVERRIDES = (
@@ -43,17 +48,29 @@ def made(world: World) -> list[dict[str, Any]]:
         sample_size=16,
     )
     vae.save_pretrained(world.folder / "vae")
-    return trained(world, "made", 1)
+    asked = (str(TINY), "latents", *OVERRIDES, "--part-documents", "100")
+    with pytest.MonkeyPatch.context() as patch:
+        assert world.tool_here(patch, "encode_latents.py", *asked) == 0
+    told = json.loads((world.folder / "latents/manifest.json").read_text())["statistics"]
+    return trained(
+        world,
+        "made",
+        1,
+        f"model.image.latent_mean={told['mean']}",
+        f"model.image.latent_std={told['std']}",
+    )
 
 
 def test_stored_latents_give_the_losses_of_those_made_in_the_rank(
-    world: World, made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    world: World, made: list[dict[str, Any]]
 ) -> None:
-    asked = (str(TINY), "latents", *OVERRIDES, "--part-documents", "100")
-    assert world.tool_here(monkeypatch, "encode_latents.py", *asked) == 0
     cached = "model.image.latents=latents"
     stored = trained(world, "stored", 2, cached, "parallel.pipeline=2", "log.images_every_steps=2")
     check_equal(stored, made)
+    # the run's own recipe holds the statistics, so that drawing needs no latents
+    recipes = [read(world.folder / "runs" / name / "recipe.yaml") for name in ("stored", "made")]
+    assert recipes[0].model.image.latent_std == recipes[1].model.image.latent_std
+    assert len(recipes[0].model.image.latent_std) == 4
     again = json.loads((world.folder / "latents/manifest.json").read_text())
     assert again["form"]["latents"] == [8, 8, 8]
     argv = ("train", str(TINY), "name=stale", *OVERRIDES, cached)
@@ -66,6 +83,10 @@ def test_stored_latents_give_the_losses_of_those_made_in_the_rank(
     shutil.rmtree(part)
     assert world.run(1, *argv) == [66]
     assert "documents from 100 on are not there" in world.last_log
+    manifest = world.folder / "latents/manifest.json"
+    manifest.write_text(json.dumps({**again, "statistics": {"mean": "x"}}))
+    assert world.run(1, *argv) == [2]
+    assert "manifest.json: holds no statistics of latents" in world.last_log
     assert world.run(1, *argv[:-1], "model.image.latents=nowhere") == [2]
     assert "the folder nowhere holds no manifest.json" in world.last_log
 

@@ -38,6 +38,10 @@ class ImageConfig:
     norm_groups: int = 32
     latents: str | None = None  # folder written by tools/encode_latents.py; null = made in the run
     vae: str | None = None  # diffusers folder of the frozen VAE; null = pixels are diffused
+    # of each channel of the VAE's latents, which are normalised by them; empty = as recorded with
+    # `latents`, else latents stay as the VAE makes them
+    latent_mean: tuple[float, ...] = ()
+    latent_std: tuple[float, ...] = ()
 
     @property
     def rows(self) -> int:

@@ -23,6 +23,7 @@ from mmtrain.data.tokens import SequenceFormat
 from mmtrain.encoders import vae as vaes
 from mmtrain.encoders.vae import Vae
 from mmtrain.errors import ContentError
+from mmtrain.models.pictures import Pictures
 from mmtrain.models.spec import Use
 from mmtrain.models.transfusion.config import TransfusionConfig
 from mmtrain.models.transfusion.edges import beside_numbers, rows_of
@@ -105,6 +106,10 @@ class Latents:
         """Nothing is read yet."""
         self.image, self.device = config.image, device
         self._vae: Vae | None = None
+        self._told: Tensor | None = None  # mean and deviation of each channel
+        if config.image.latent_std:
+            told = [config.image.latent_mean, config.image.latent_std]
+            self._told = torch.tensor(told, device=device).view(2, 1, -1, 1, 1)
 
     @property
     def vae(self) -> Vae | None:
@@ -135,6 +140,7 @@ class Latents:
             return pixels
         else:
             moments = self.moments(pixels)
+        moments = self._normalised(moments)
         spread = normals(mix(images.seeds_N ^ _LATENT), moments[0].numel() // 2)
         return vaes.draw(moments, spread.to(moments.device).view_as(vaes.mode(moments)))
 
@@ -145,11 +151,22 @@ class Latents:
 
     def likeliest(self, pixels: Tensor) -> Tensor:
         """Clean latents `[N, C, h, w]`, the mode of the posterior."""
-        return pixels if self.vae is None else vaes.mode(self.vae.encode(pixels))
+        return pixels if self.vae is None else vaes.mode(self._normalised(self.vae.encode(pixels)))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels `[N, 3, S, S]` in about -1..1."""
-        return latents if self.vae is None else self.vae.decode(latents)
+        if self.vae is None:
+            return latents
+        if self._told is not None:
+            latents = latents * self._told[1] + self._told[0]
+        return self.vae.decode(latents)
+
+    def _normalised(self, moments: Tensor) -> Tensor:
+        """Moments of latents with mean 0 and deviation 1, where their statistics are known."""
+        if self._told is None:
+            return moments
+        (mean, std), (found, spread) = self._told, moments.chunk(2, 1)
+        return torch.cat([(found - mean) / std, spread - 2 * std.log()], 1)
 
 
 class Images:
@@ -175,9 +192,8 @@ class Images:
         """Read them off the fields of a micro-batch; an image takes `rows` rows."""
         fields = batch.inputs.fields
         tokens_T, lo_T = fields["tokens"], fields["lo"]
-        first_N = fields["slots"].view(-1, rows)[:, 0]
-        real_N = first_N < len(tokens_T)
-        begins_N = torch.where(real_N, first_N - 1, 0)
+        pictures = Pictures.of(batch, rows)
+        begins_N, real_N = pictures.begins_N, pictures.real_N
         marks = [layout.bos, layout.eos, layout.pad]
         marks += [layout.image_begin, layout.image_slot, layout.image_end]
         words_T = ~torch.isin(tokens_T, torch.tensor(marks))
@@ -186,8 +202,7 @@ class Images:
             0, lo_T, torch.where(words_T, row_T, -1), "amax"
         )  # at the first row of each document: its last word
         followed_N = real_N & (last_T[lo_T[begins_N]] > begins_N)
-        seeds_N = torch.where(real_N, fields["noise"][begins_N], 0)
-        return cls(begins_N, real_N, seeds_N, followed_N, rows)
+        return cls(begins_N, real_N, pictures.seeds_N, followed_N, rows)
 
     def without_condition(self, lo_T: Tensor, dropped_N: Tensor) -> Tensor:
         """First keys of the rows when some images see nothing before their begin token."""

@@ -4,12 +4,15 @@ Source: arXiv:2408.11039; no code or weights of it were published.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path as File
 
 import torch
 from torch import Tensor, nn
 
+from mmtrain.data import latent_statistics
+from mmtrain.data.latent_statistics import MANIFEST
 from mmtrain.data.tokens import SPECIAL_TOKENS, SequenceFormat
 from mmtrain.errors import Problem
 from mmtrain.layout.plan import Cut, TensorPlan
@@ -33,8 +36,6 @@ from mmtrain.nn.trunk import (
     trunk_rules,
     trunk_split_lengths,
 )
-
-_MANIFEST = "manifest.json"  # of stored latents
 
 # the edges are whole on every tensor rank but for the matrix that leaves the trunk, whose rows of
 # a gradient would otherwise be summed over ranks that all computed them
@@ -133,6 +134,7 @@ def _image_problems(image: ImageConfig) -> Iterator[Problem]:
             f"found {image.latents} without model.image.vae; name the VAE that made them: its hash "
             "is compared, and pictures are drawn by it",
         )
+    yield from _statistics_problems(image)
     if image.vae is None and image.channels != 3:
         yield Problem(
             "model.image.channels", f"found {image.channels}; without model.image.vae use 3"
@@ -162,6 +164,26 @@ def _image_problems(image: ImageConfig) -> Iterator[Problem]:
             )
 
 
+def _statistics_problems(image: ImageConfig) -> Iterator[Problem]:
+    mean, std = image.latent_mean, image.latent_std
+    if not mean and not std:
+        return
+    if image.vae is None:
+        yield Problem(
+            "model.image.latent_mean",
+            "given without model.image.vae; pixels are not normalised: leave it out",
+        )
+    for key, values in (("latent_mean", mean), ("latent_std", std)):
+        if len(values) != image.channels:
+            yield Problem(
+                f"model.image.{key}",
+                f"{len(values)} numbers for model.image.channels = {image.channels}; give one a "
+                "channel, of latent_mean and of latent_std, or of neither",
+            )
+    if min(std, default=1.0) <= 0:
+        yield Problem("model.image.latent_std", f"found {min(std)}; it must be positive")
+
+
 def _noise_problems(config: TransfusionConfig) -> Iterator[Problem]:
     noise = config.noise
     if noise.path is Path.linear and noise.answer is Answer.epsilon:
@@ -189,10 +211,10 @@ def _noise_problems(config: TransfusionConfig) -> Iterator[Problem]:
 def missing(config: TransfusionConfig) -> Iterator[Problem]:
     """The VAE and the stored latents, when their folders are not there."""
     folder, kept = config.image.vae, config.image.latents
-    if kept is not None and not (File(kept) / _MANIFEST).is_file():
+    if kept is not None and not (File(kept) / MANIFEST).is_file():
         yield Problem(
             "model.image.latents",
-            f"the folder {kept} holds no {_MANIFEST}; make it with tools/encode_latents.py",
+            f"the folder {kept} holds no {MANIFEST}; make it with tools/encode_latents.py",
         )
     if folder is not None and not (File(folder) / "config.json").is_file():
         yield Problem(
@@ -202,13 +224,29 @@ def missing(config: TransfusionConfig) -> Iterator[Problem]:
         )
 
 
-def stored(config: TransfusionConfig) -> StoredLatents | None:
-    """Moments of every picture, where the recipe names them."""
+def stored(config: TransfusionConfig, folder: File | None) -> StoredLatents | None:
+    """Moments of every picture, where the recipe names a VAE and them, or a folder is given."""
     image = config.image
-    if image.latents is None or image.vae is None:
+    kept = image.latents if folder is None else folder
+    if kept is None or image.vae is None:
         return None
     form = (2 * image.channels, image.size, image.size)
-    return StoredLatents(File(image.latents), File(image.vae), form)
+    return StoredLatents(File(kept), File(image.vae), form)
+
+
+def settled(config: TransfusionConfig) -> TransfusionConfig:
+    """With the statistics that are recorded with the stored latents, unless the recipe has some.
+
+    Raises:
+        ContentError: what is recorded is damaged.
+    """
+    image = config.image
+    if image.latents is None or image.latent_mean or image.latent_std:
+        return config
+    found = latent_statistics.read(File(image.latents))
+    if found is None:
+        return config
+    return replace(config, image=replace(image, latent_mean=found.mean, latent_std=found.std))
 
 
 def sequence(config: TransfusionConfig, ids: Mapping[str, int]) -> SequenceFormat:
@@ -246,5 +284,6 @@ TRANSFUSION = ModelSpec(
     prepare=Noising,
     stored=stored,
     sampler=TransfusionSampler,
+    settled=settled,
     missing=missing,
 )

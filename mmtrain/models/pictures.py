@@ -1,0 +1,41 @@
+"""Where the pictures of a micro-batch stand, for families that draw something for each of them.
+
+N pictures   n rows a picture   T packed rows
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from mmtrain.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of a micro-batch, those that stand in for none included.
+
+    Attributes:
+        begins_N: int64, row of each begin token; 0 for stand-ins.
+        real_N: boolean, false for stand-ins.
+        seeds_N: int64, row number of each begin token, which the document's draw and the position
+            in it decide (`nn.noise`); 0 for stand-ins.
+    """
+
+    begins_N: Tensor
+    real_N: Tensor
+    seeds_N: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, rows: int) -> Self:
+        """Read them off the fields of a micro-batch; a picture takes `rows` rows."""
+        fields = batch.inputs.fields
+        first_N = fields["slots"].view(-1, rows)[:, 0]
+        real_N = first_N < len(fields["tokens"])
+        begins_N = torch.where(real_N, first_N - 1, 0)
+        return cls(begins_N, real_N, torch.where(real_N, fields["noise"][begins_N], 0))
+
+    def an_image_each(self, pairs_P: Tensor) -> Tensor:
+        """One entry a picture `[N]`, where the loader gives one for each of its pairs `[P]`."""
+        return pairs_P.view(len(self.real_N), -1)[:, 0].contiguous()
