@@ -3,8 +3,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo emu emu-data emu-pretrain emu-decoder emu-instruct emu-evaluate test \
-	test-all chaos slurm-test lint format gpu-test gpu-bench clean-demo
+.PHONY: help setup demo emu emu-data emu-pretrain emu-decoder emu-instruct emu-evaluate \
+	transfusion transfusion-train test test-all chaos slurm-test lint format gpu-test gpu-bench clean-demo
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # DeepSpeed's compiled helper: kept in the project, because a stale lock in a shared folder hangs
@@ -21,6 +21,9 @@ EMU_OVERRIDES ?=
 # shapes: two cores, 20 minutes; long: one GPU (DEMO_DOCUMENTS=200000 before the data are drawn)
 EMU_SIZE ?= shapes
 EMU_RANKS ?= 2
+# as in: make transfusion TRANSFUSION_OVERRIDES="train.steps=20 schedule.warmup_steps=2"
+TRANSFUSION_OVERRIDES ?=
+TRANSFUSION_RANKS ?= 2
 # the launcher's default port may belong to another run on this machine
 FREE_PORT := python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'
 HAS_GPU := python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
@@ -47,9 +50,9 @@ demo: setup ## write demo data, train an Emu on two processes, sample from it (5
 	@echo "curves       .venv/bin/tensorboard --host localhost --logdir $(DEMO_RUN)/tensorboard"
 
 # two processes share the batch; a run that is complete does nothing when it is started again
-TRAIN_EMU = command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu; \
+TRAIN = command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu; \
 	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(nproc) + 1) / 2 ))}; \
-	torchrun --nproc-per-node $(EMU_RANKS) --master-port $$($(FREE_PORT)) -m mmtrain train
+	torchrun --nproc-per-node $(1) --master-port $$($(FREE_PORT)) -m mmtrain train
 
 emu: emu-evaluate ## the whole of Emu on coloured shapes: pretrain, decoder, instruct, evaluate (20 minutes on 2 cores)
 
@@ -58,16 +61,16 @@ emu-data: setup
 		mmtrain data shapes $(DEMO_DATA) --documents $(DEMO_DOCUMENTS) --seed 0
 
 emu-pretrain: emu-data
-	@$(TRAIN_EMU) configs/emu/$(EMU_SIZE)_encoder.yaml $(EMU_OVERRIDES)
-	@$(TRAIN_EMU) configs/emu/$(EMU_SIZE)_pretrain.yaml $(EMU_OVERRIDES)
+	@$(call TRAIN,$(EMU_RANKS)) configs/emu/$(EMU_SIZE)_encoder.yaml $(EMU_OVERRIDES)
+	@$(call TRAIN,$(EMU_RANKS)) configs/emu/$(EMU_SIZE)_pretrain.yaml $(EMU_OVERRIDES)
 
 emu-decoder: emu-pretrain
 	@test -e runs/$(EMU_SIZE)_latents || \
 		python tools/encode_latents.py configs/emu/$(EMU_SIZE)_decoder.yaml runs/$(EMU_SIZE)_latents
-	@$(TRAIN_EMU) configs/emu/$(EMU_SIZE)_decoder.yaml $(EMU_OVERRIDES)
+	@$(call TRAIN,$(EMU_RANKS)) configs/emu/$(EMU_SIZE)_decoder.yaml $(EMU_OVERRIDES)
 
 emu-instruct: emu-pretrain
-	@$(TRAIN_EMU) configs/emu/$(EMU_SIZE)_instruct.yaml $(EMU_OVERRIDES)
+	@$(call TRAIN,$(EMU_RANKS)) configs/emu/$(EMU_SIZE)_instruct.yaml $(EMU_OVERRIDES)
 
 emu-evaluate: emu-decoder emu-instruct
 	@mmtrain evaluate runs/$(EMU_SIZE)_pretrain
@@ -81,8 +84,21 @@ emu-evaluate: emu-decoder emu-instruct
 	@echo "pictures     runs/$(EMU_SIZE)_decoder/samples/images.png, runs/$(EMU_SIZE)_instruct/samples/text.png"
 	@echo "curves       .venv/bin/tensorboard --host localhost --logdir runs"
 
-clean-demo: ## remove the demo's data and its runs, and those of `make emu`
-	rm -rf $(DEMO_DATA) $(DEMO_RUN) $(addprefix runs/$(EMU_SIZE)_,encoder pretrain latents decoder instruct)
+transfusion: transfusion-train ## Transfusion on coloured shapes: train, judge captions and pictures, draw (20 minutes on 2 cores)
+	@mmtrain evaluate runs/transfusion_shapes
+	@mmtrain sample runs/transfusion_shapes --prompt "a red circle [IMG]" --prompt "two blue squares [IMG]" \
+		--prompt "a green cross and a yellow triangle [IMG]" --samples 4
+	@echo
+	@echo "figures      runs/transfusion_shapes/evaluation/*.md"
+	@echo "pictures     runs/transfusion_shapes/samples/images.png, runs/transfusion_shapes/evaluation/*.png"
+	@echo "while it was trained: runs/transfusion_shapes/samples/step-*.png"
+	@echo "curves       .venv/bin/tensorboard --host localhost --logdir runs"
+
+transfusion-train: emu-data
+	@$(call TRAIN,$(TRANSFUSION_RANKS)) configs/transfusion/shapes.yaml $(TRANSFUSION_OVERRIDES)
+
+clean-demo: ## remove the demo's data and its runs, and those of `make emu` and `make transfusion`
+	rm -rf $(DEMO_DATA) $(DEMO_RUN) runs/transfusion_shapes $(addprefix runs/$(EMU_SIZE)_,encoder pretrain latents decoder instruct)
 
 test: setup ## the CPU test suite
 	@python -m pytest

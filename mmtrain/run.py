@@ -38,6 +38,7 @@ from mmtrain.feed import (
     read_setting,
     training_loader,
 )
+from mmtrain.generation.sketches import PairSketcher
 from mmtrain.initial import initial_weights
 from mmtrain.layout.dims import ParallelDims, dims_for
 from mmtrain.layout.ranks import launched
@@ -48,7 +49,7 @@ from mmtrain.parallel.mesh import Mesh, open_mesh
 from mmtrain.process import StartUp
 from mmtrain.settings import Phase, Precision, Recipe
 from mmtrain.train import loop
-from mmtrain.train.ema import Ema
+from mmtrain.train.ema import Ema, held_weights
 from mmtrain.train.engine import Engine, EngineSettings, FoldEngine, StageEngine
 from mmtrain.train.guard import Guard
 from mmtrain.train.metrics import Reporter, Work
@@ -273,6 +274,7 @@ def _parts(
         guard=Guard(recipe.watch, saver, reporter, partial(restore, engine, ema)),
         samples=partial(_samples, mesh, reporter) if recipe.log.samples else None,
         ema=ema,
+        sketch=_sketcher(setting, mesh, engine, ema),
         evaluate=_evaluation(setting, mesh, reporter),
     )
 
@@ -305,6 +307,23 @@ def _decoder_parts(
         ema=ema,
         sketch=job.sketcher(engine, ema, setting.shapes, setting.folder / "samples"),
         evaluate=_evaluation(setting, mesh, reporter),
+    )
+
+
+def _sketcher(setting: Setting, mesh: Mesh, engine: Engine, ema: Ema | None) -> PairSketcher | None:
+    """Pictures drawn while training, by families that draw them; None for the others."""
+    if not (setting.spec.draws and setting.recipe.log.images_every_steps):
+        return None
+    data = setting.recipe.data
+    return PairSketcher(
+        recipe=setting.recipe,
+        vocabulary=setting.vocabulary,
+        layout=setting.layout,
+        sources=open_sources(setting, data.heldout or data.sources),
+        mesh=mesh,
+        shapes=setting.shapes,
+        held=partial(held_weights, engine, ema),
+        folder=setting.folder,
     )
 
 

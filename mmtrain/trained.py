@@ -6,7 +6,7 @@ Whatever layout trained the run: full tensors are merged from the checkpoint by 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mmtrain import recipe as recipes
 from mmtrain.checkpoint import portable
-from mmtrain.checkpoint.portable import FullTensors
 from mmtrain.data import images
 from mmtrain.data.document import Modality, Part
 from mmtrain.data.tokens import SequenceFormat
@@ -46,6 +45,14 @@ class Style:
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0
+
+
+class Weights(Protocol):
+    """Full tensors by canonical name."""
+
+    def get(self, name: str) -> Tensor:
+        """One of them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ def pixels_of(picture: Image.Image, layout: SequenceFormat) -> Tensor:
 
 
 def load_run(run: Path, checkpoint: str | None = None) -> Trained:
-    """Read a run's recipe, tokenizer and weights.
+    """Read a run's recipe, tokenizer and weights; running means of these where it keeps them.
 
     Raises:
         MissingError: a part of the run is not there.
@@ -138,7 +145,7 @@ def load_run(run: Path, checkpoint: str | None = None) -> Trained:
     recipe = recipes.read(run / "recipe.yaml")
     spec = spec_of(recipe.family, recipe.phase)
     vocabulary = load_vocabulary(Path(recipe.data.tokenizer))
-    tensors = portable.open_tensors(run / "checkpoints" / checkpoint if checkpoint else run)
+    tensors = portable.open_averaged(run / "checkpoints" / checkpoint if checkpoint else run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout = layout_of(recipe, vocabulary)
     layers = load_layers(spec, recipe.model, tensors, device)
@@ -147,7 +154,7 @@ def load_run(run: Path, checkpoint: str | None = None) -> Trained:
 
 
 def load_layers(
-    spec: ModelSpec, config: Any, tensors: FullTensors, device: torch.device
+    spec: ModelSpec, config: Any, tensors: Weights, device: torch.device
 ) -> dict[str, torch.nn.Module]:
     """Every layer of a family with the given weights, on one device, in order of the fold."""
     out = {}

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 from PIL.Image import Image
-from torch import Tensor
 
 from mmtrain.data.batch import Batch
 from mmtrain.data.loader import Loader, Workers, heldout_batches
@@ -17,11 +16,10 @@ from mmtrain.data.picture import draw_rows
 from mmtrain.decoder.conditions import Samples
 from mmtrain.decoder.sketches import Sketcher, look_of, text_of
 from mmtrain.errors import ExitCode
-from mmtrain.parallel.build import canonical_parameters
 from mmtrain.parallel.mesh import Mesh
 from mmtrain.settings import Recipe
 from mmtrain.supply import mixture_of
-from mmtrain.train.ema import Ema, local_part
+from mmtrain.train.ema import Ema, held_weights
 from mmtrain.train.engine import Engine
 from mmtrain.train.loop import Heldout
 from mmtrain.train.state import TrainState
@@ -97,13 +95,8 @@ class DecoderJob:
         """
         if not self.recipe.decoder.draw.pictures:
             return None
-
-        def held() -> dict[str, Tensor]:
-            named = canonical_parameters(engine.named_layers())
-            weights = {name: local_part(parameter) for name, parameter in named}
-            return weights if ema is None else weights | ema.means
-
         sources = self.heldout_sources or self.sources
+        held = partial(held_weights, engine, ema)
         return Sketcher(self.samples, sources, self.mesh, shapes, held, folder)
 
 

@@ -150,6 +150,11 @@ class ModelSpec:
     )
     missing: Callable[[Any], Iterable[Problem]] = _nothing_missing
 
+    @property
+    def draws(self) -> bool:
+        """Whether what writes draws pictures itself, which then are drawn while training too."""
+        return bool(getattr(self.sampler, "draws", False))
+
     def is_trained(self, config: Any, freeze: Iterable[str], name: str) -> bool:
         """Whether a run trains a parameter: the phase does, and no pattern of `freeze` covers it.
 

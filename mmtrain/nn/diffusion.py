@@ -10,6 +10,8 @@ DDPM; rectified flow is often written the other way round (t = 1 at the data). A
     epsilon  p = 0, q = 1: the noise
     velocity derivative along the path: p = -spoilt, q = signal under cosine (Salimans & Ho 2022,
              arXiv:2202.00512), p = -1, q = 1 under linear, as it is usually written
+    clean    p = 1, q = 0: the picture, which is smooth where noise is not, so that little models
+             need not carry noise through (Li & He 2025, arXiv:2511.13720)
 
 The noise alone says nothing of the picture where the signal is 0, so linear goes with velocity.
 Two equations give clean and noise back from noisy and answer, so one step serves all: deterministic
@@ -44,6 +46,7 @@ class Answer(Enum):
 
     epsilon = "epsilon"
     velocity = "velocity"
+    clean = "clean"  # the picture
 
 
 class Times(Enum):
@@ -90,6 +93,8 @@ class NoiseProcess:
         one = torch.ones_like(time)
         if answer is Answer.epsilon:
             return cls(signal, spoilt, torch.zeros_like(time), one)
+        if answer is Answer.clean:
+            return cls(signal, spoilt, one, torch.zeros_like(time))
         if path is Path.linear:
             return cls(signal, spoilt, -one, one)
         return cls(signal, spoilt, -spoilt, signal)
@@ -103,6 +108,26 @@ class NoiseProcess:
         """Noisy pictures, then the answers that are wanted of them, `[N, 2C, h, w]`."""
         signal, spoilt, p, q = self._at(times_N, clean)
         return torch.cat([signal * clean + spoilt * noise, p * clean + q * noise], 1)
+
+    def weights(self, times_N: Tensor, limit: float) -> Tensor:
+        """How much the squared error of an answer counts at each time, float32 `[N]`.
+
+        An error of the clean picture counts min(1 / spoilt^2, limit), which is min(1 + snr, limit)
+        under cosine (Salimans & Ho 2022, section 4, cut off as in arXiv:2303.09556). Without the
+        limit that is the plain error of the velocity on both paths.
+
+        Args:
+            times_N: of the pictures, above 0.
+            limit: greatest weight of an error of the clean picture; 0 = every answer counts 1.
+        """
+        if not limit:
+            return torch.ones(len(times_N))
+        signal, spoilt, p, q = (
+            table[times_N.cpu()]
+            for table in (self.signal, self.spoilt, self.clean_share, self.noise_share)
+        )
+        per_answer = spoilt / (signal * q - spoilt * p)  # error of the clean picture
+        return (spoilt.pow(-2).clamp(max=limit) * per_answer.square()).float()
 
     def undo(self, noisy: Tensor, answer: Tensor, times_N: Tensor) -> tuple[Tensor, Tensor]:
         """Clean pictures and noise that an answer amounts to, in float32.

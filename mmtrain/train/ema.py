@@ -56,6 +56,13 @@ class Ema:
         return local_part(self._parameters[name]).float()
 
 
+def held_weights(engine: Engine, ema: Ema | None) -> dict[str, Tensor]:
+    """This rank's part of what a run draws with: running means, or weights where none are kept."""
+    named = canonical_parameters(engine.named_layers())
+    weights = {name: local_part(parameter) for name, parameter in named}
+    return weights if ema is None else weights | ema.means
+
+
 def full_tensors(
     local: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], mesh: Mesh
 ) -> dict[str, Tensor]:

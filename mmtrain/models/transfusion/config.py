@@ -31,6 +31,9 @@ class ImageConfig:
     factor: int = 8  # pixels that a latent stands for, each way; 1 = pixels are diffused
     patch: int = 2  # k: k x k latents are one row
     edge: Edge = Edge.linear
+    # of a learned table of places, added to the rows of a linear edge; null = none, as published.
+    # Little models do not learn from distances along the raster which squares lie side by side
+    position_std: float | None = None
     attention: ImageAttention = ImageAttention.image
     unet_channels: tuple[int, ...] = (576, 1152)  # of each level; each halves the size; log2(k) + 1
     unet_blocks: int = 2  # down a level; one more up
@@ -66,6 +69,9 @@ class NoiseConfig:
     path: Path = Path.cosine
     answer: Answer = Answer.epsilon
     times: Times = Times.uniform
+    # greatest weight of an error of the clean picture, where it would be 1 + its signal-to-noise
+    # ratio (Min-SNR, arXiv:2303.09556); 0 = the answer's own error, as published
+    snr_limit: float = 0.0
     steps: int = 1000  # T
     limit: int = 500  # greatest time of an image that text follows
     drop: float = 0.1  # share of images that do not see what stands before them (guidance)

@@ -93,7 +93,9 @@ class Noising:
         return replace(
             batch,
             inputs=Flow(hidden, {name: fields[name] for name in FIELDS}),
-            targets=_an_image_each(batch.targets, count),
+            targets=_an_image_each(
+                batch.targets, self._process.weights(times_N, self.noise.snr_limit)
+            ),
             # moments are looked at by the first three channels of their mean
             pixels=pixels[:, :3].clamp(-1, 1),
         )
@@ -211,10 +213,16 @@ class Images:
         return lo_T.index_put((own.flatten(),), begins.expand_as(own).flatten())
 
 
-def _an_image_each(targets: Targets, count: int) -> Targets:
-    """One weight and origin for each image, where the loader gives one for each of its pairs."""
-    each = {
-        name: {**group, IMAGE: group[IMAGE].view(count, -1)[:, 0].contiguous()}
-        for name, group in (("weights", targets.weights), ("origins", targets.origins))
-    }
-    return Targets(**each)
+def _an_image_each(targets: Targets, share_N: Tensor) -> Targets:
+    """One weight and origin for each image, where the loader gives one for each of its pairs.
+
+    Args:
+        targets: of the loader.
+        share_N: what each image's weight is multiplied by.
+    """
+
+    def first(group: Tensor) -> Tensor:
+        return group.view(len(share_N), -1)[:, 0].contiguous()
+
+    weights = {**targets.weights, IMAGE: first(targets.weights[IMAGE]) * share_N}
+    return Targets(weights, {**targets.origins, IMAGE: first(targets.origins[IMAGE])})

@@ -51,6 +51,7 @@ def initial(config: TransfusionConfig) -> InitialRules:
             ("head.edge.project.{weight,bias}", constant(0.0)),
             ("image.edge.{project,time.up,time.out}.weight", normal(0.02)),
             ("image.edge.{project,time.up,time.out}.bias", constant(0.0)),
+            *_positions(image),
         ]
     else:
         with torch.device("meta"):
@@ -73,6 +74,12 @@ def flops(config: TransfusionConfig, shape: BatchShape) -> list[float]:
         *[block_flops(language, LoraConfig(), shape.tokens)] * language.layers,
         2.0 * shape.tokens * language.width * language.vocabulary + shape.images * leave,
     ]
+
+
+def _positions(image: ImageConfig) -> InitialRules:
+    if image.position_std is None:
+        return []
+    return [("image.edge.position", normal(image.position_std))]
 
 
 @lru_cache(maxsize=8)
@@ -141,6 +148,12 @@ def _image_problems(image: ImageConfig) -> Iterator[Problem]:
         )
     if image.edge is not Edge.unet:
         return
+    if image.position_std is not None:
+        yield Problem(
+            "model.image.position_std",
+            f"found {image.position_std} with model.image.edge = unet; set null: convolutions tell "
+            "places by themselves",
+        )
     if image.patch & (image.patch - 1) or len(image.unet_channels) != image.levels:
         yield Problem(
             "model.image.unet_channels",
@@ -190,7 +203,7 @@ def _noise_problems(config: TransfusionConfig) -> Iterator[Problem]:
         yield Problem(
             "model.noise.answer",
             "epsilon under model.noise.path = linear leaves nothing of the picture at the last "
-            "time; use velocity",
+            "time; use velocity or clean",
         )
     if noise.steps < 1:
         yield Problem("model.noise.steps", f"found {noise.steps}; it must be positive")
@@ -200,6 +213,12 @@ def _noise_problems(config: TransfusionConfig) -> Iterator[Problem]:
                 f"model.noise.{place}",
                 f"found {value}; allowed: 1 to model.noise.steps = {noise.steps}",
             )
+    if noise.snr_limit and (noise.snr_limit < 1 or noise.answer is Answer.epsilon):
+        yield Problem(
+            "model.noise.snr_limit",
+            f"found {noise.snr_limit} with model.noise.answer = {noise.answer.value}; allowed: 0, "
+            "or 1 and more, as in 20, with clean or velocity",
+        )
     if not 0 <= noise.drop < 1:
         yield Problem("model.noise.drop", f"found {noise.drop}; allowed: 0 or more, below 1")
     if not noise.clean_limit > 0:
