@@ -150,7 +150,8 @@ def load_run(run: Path, checkpoint: str | None = None) -> Trained:
     layout = layout_of(recipe, vocabulary)
     layers = load_layers(spec, recipe.model, tensors, device)
     sampler = spec.sampler(recipe.model, layers, layout)
-    return Trained(run, recipe, vocabulary, layout, sampler)
+    # a family may train on other groups of rows than it writes
+    return Trained(run, recipe, vocabulary, sampler.form, sampler)
 
 
 def load_layers(

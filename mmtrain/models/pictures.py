@@ -3,13 +3,12 @@
 N pictures   n rows a picture   T packed rows
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
-
-from mmtrain.data.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,8 @@ class Pictures:
     seeds_N: Tensor
 
     @classmethod
-    def of(cls, batch: Batch, rows: int) -> Self:
-        """Read them off the fields of a micro-batch; a picture takes `rows` rows."""
-        fields = batch.inputs.fields
+    def of(cls, fields: Mapping[str, Tensor], rows: int) -> Self:
+        """Read them off the fields of the loader; a picture takes `rows` rows."""
         first_N = fields["slots"].view(-1, rows)[:, 0]
         real_N = first_N < len(fields["tokens"])
         begins_N = torch.where(real_N, first_N - 1, 0)

@@ -52,13 +52,23 @@ Written = list[int] | Tensor  # text, or the visual rows [Q, D] of an image
 
 @dataclass(frozen=True)
 class Packed:
-    """Sequences one after another in one row."""
+    """Sequences one after another in one row.
+
+    Attributes:
+        rows_TD: embedded.
+        slots_T: place of each row in its sequence.
+        positions_T: what rotary embeddings turn it by.
+        segments_T: sequence of each row.
+        lengths: of the sequences.
+        spans_T: on the host, image of each row, -1 outside; None = causal.
+    """
 
     rows_TD: Tensor
+    slots_T: Tensor
     positions_T: Tensor
     segments_T: Tensor
     lengths: tuple[int, ...]
-    spans_T: Tensor | None = None  # on the host: image of each row, -1 outside; None = causal
+    spans_T: Tensor | None = None
 
     @property
     def intervals(self) -> Intervals:
@@ -78,25 +88,32 @@ class Packed:
 
 
 class Writing:
-    """Sequences in the middle of being written: the cache and where each one stands."""
+    """Sequences in the middle of being written: the cache and where each one stands.
 
-    def __init__(self, cache: KeyValueCache, lengths: Sequence[int], device: torch.device) -> None:
-        """Start with `lengths` positions already in the cache."""
+    Attributes:
+        slot_B: where the cache takes the next row of each.
+        position_B: of that row, in rotary embeddings; behind the slot where rows share positions.
+    """
+
+    def __init__(self, cache: KeyValueCache, packed: Packed) -> None:
+        """Start with the rows of `packed` already in the cache."""
         self.cache = cache
-        self.position_B = torch.tensor(lengths, device=device)
-        self.longest = max(lengths)
+        self.slot_B = packed.slots_T[packed.last_B] + 1
+        self.position_B = packed.positions_T[packed.last_B] + 1
+        self.longest = max(packed.lengths)
 
     def select(self, sequence_B: Tensor) -> None:
         """Keep, copy and reorder sequences."""
         self.cache.select(sequence_B)
+        self.slot_B = self.slot_B[sequence_B]
         self.position_B = self.position_B[sequence_B]
 
-    def advance(self) -> Step:
-        """Room for one more row a sequence."""
+    def advance(self) -> tuple[Step, Tensor]:
+        """Room for one more row a sequence, and its positions `[B]`."""
         self.longest += 1
-        step = Step(self.cache, self.position_B, self.longest)
-        self.position_B = self.position_B + 1
-        return step
+        step, position_B = Step(self.cache, self.slot_B, self.longest), self.position_B
+        self.slot_B, self.position_B = self.slot_B + 1, position_B + 1
+        return step, position_B
 
 
 class LanguageHead(Protocol):
@@ -178,7 +195,7 @@ class TrunkSampler(ABC):
             slots = (tokens_T == self.form.image_slot).nonzero().squeeze(-1)
             visual_NQD = self.encode(torch.cat(pixels))
             rows_TD = splice(rows_TD, slots, visual_NQD.flatten(0, 1))
-        return self.lay(rows_TD, lengths, self._spans(tokens))
+        return self.lay(rows_TD, lengths, tokens)
 
     def hidden(self, packed: Packed) -> Tensor:
         """Trunk rows `[T, D]` before the final norm, without a cache."""
@@ -191,14 +208,14 @@ class TrunkSampler(ABC):
     def start_packed(self, packed: Packed, room: int) -> tuple[Writing, Tensor]:
         """`start` for sequences that are embedded already."""
         cache = KeyValueCache(len(packed.lengths), max(packed.lengths) + room)
-        keys = Prefill(cache, packed.intervals, packed.segments_T, packed.positions_T)
+        keys = Prefill(cache, packed.intervals, packed.segments_T, packed.slots_T)
         hidden_TD = self.fold(packed.rows_TD, packed.positions_T, keys)
-        return Writing(cache, packed.lengths, self.device), hidden_TD[packed.last_B]
+        return Writing(cache, packed), hidden_TD[packed.last_B]
 
     def step(self, writing: Writing, rows_BD: Tensor) -> Tensor:
         """Append one embedded row to every sequence; its trunk row `[B, D]`."""
-        keys = writing.advance()
-        return self.fold(rows_BD, keys.position_B, keys)
+        keys, position_B = writing.advance()
+        return self.fold(rows_BD, position_B, keys)
 
     @torch.inference_mode()
     def text(
@@ -226,12 +243,13 @@ class TrunkSampler(ABC):
         The release ranks by this sum over (prompt + candidate - 1) positions, lower is better.
         """
         base = self.pack([prompt]).rows_TD
-        rows, labels = [], []
+        rows, labels, tokens = [], [], []
         for ids in candidates:
             rows += [base, self.embed.tokens(self.ids(ids))]
             labels += [[-100] * (len(prompt.tokens) - 1), ids, [-100]]
+            tokens += [*prompt.tokens, *ids]
         lengths = tuple(len(prompt.tokens) + len(ids) for ids in candidates)
-        packed = self.lay(torch.cat(rows), lengths)
+        packed = self.lay(torch.cat(rows), lengths, tokens)
         labels_T = self.ids([label for part in labels for label in part])
         loss_T = self.head.cross_entropy(self.head.logits(self.hidden(packed)), labels_T)
         return torch.stack([part.sum() for part in torch.split(loss_T, list(lengths))])
@@ -266,15 +284,18 @@ class TrunkSampler(ABC):
         number = (torch.tensor(tokens) == self.form.image_begin).cumsum(0)
         return torch.where(inside, number, -1)
 
-    def lay(
-        self, rows_TD: Tensor, lengths: tuple[int, ...], spans_T: Tensor | None = None
-    ) -> Packed:
-        """Embedded sequences one after another."""
+    def lay(self, rows_TD: Tensor, lengths: tuple[int, ...], tokens: Sequence[int]) -> Packed:
+        """Embedded sequences one after another; `tokens` tell which rows are of images."""
         counts = torch.tensor(lengths, device=self.device)
         segments_T = torch.arange(len(lengths), device=self.device).repeat_interleave(counts)
         starts_B = counts.cumsum(0) - counts
-        positions_T = torch.arange(len(rows_TD), device=self.device) - starts_B[segments_T]
-        return Packed(rows_TD, positions_T, segments_T, lengths, spans_T)
+        slots_T = torch.arange(len(rows_TD), device=self.device) - starts_B[segments_T]
+        positions_T = self.positions(slots_T, tokens)
+        return Packed(rows_TD, slots_T, positions_T, segments_T, lengths, self._spans(tokens))
+
+    def positions(self, slots_T: Tensor, tokens: Sequence[int]) -> Tensor:
+        """Rotary positions of rows; a family whose images take fewer of them says so here."""
+        return slots_T
 
     def ids(self, ids: Sequence[int]) -> Tensor:
         """Ids as a tensor on the device."""

@@ -12,12 +12,16 @@ from mmtrain.nn.noise import RowNoise
 from mmtrain.ops.rotary import rotary_tables
 
 KEYS = "keys"  # name in `Flow.derived`; a sampler puts its cache there
+UNTIL = "until"  # integer field of length T, where keys end (`nn.masks`); not every family has it
 NOISE = "noise"  # integer field of length T: one number per row (`nn.noise.row_numbers`)
 
 
 def keys_of(flow: Flow) -> Keys:
-    """What the rows of `flow` see: its fields `lo` and `hi`, unless a sampler said otherwise."""
-    keys: Keys = flow.derive(KEYS, lambda: Intervals(flow.fields["lo"], flow.fields["hi"]))
+    """What the rows of `flow` see: its fields `lo`, `hi` and `until`, or what a sampler said."""
+    told = flow.fields
+    keys: Keys = flow.derive(
+        KEYS, lambda: Intervals(told["lo"], told["hi"], until_T=told.get(UNTIL))
+    )
     return keys
 
 

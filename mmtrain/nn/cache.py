@@ -58,13 +58,13 @@ class Prefill:
     cache: KeyValueCache
     intervals: Intervals
     sequence_T: Tensor
-    position_T: Tensor
+    slot_T: Tensor
 
     def attend(
         self, layer: nn.Module, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, scale: float
     ) -> Tensor:
         """`[T, H, K]`."""
-        self.cache.write(layer, self.sequence_T, self.position_T, k_THK, v_THK)
+        self.cache.write(layer, self.sequence_T, self.slot_T, k_THK, v_THK)
         return self.intervals.attend(layer, q_THK, k_THK, v_THK, scale)
 
 
@@ -73,8 +73,8 @@ class Step:
     """One new row for every sequence: it sees its sequence up to itself."""
 
     cache: KeyValueCache
-    position_B: Tensor
-    longest: int  # positions of the longest sequence, the new one included
+    slot_B: Tensor
+    longest: int  # rows of the longest sequence, the new one included
 
     def attend(
         self, layer: nn.Module, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, scale: float
@@ -83,10 +83,10 @@ class Step:
         rows = torch.arange(self.cache.sequences, device=q_THK.device)
         k, v = (
             repeat_heads(x[:, : self.longest], q_THK.shape[-2]).transpose(1, 2)
-            for x in self.cache.write(layer, rows, self.position_B, k_THK, v_THK)
+            for x in self.cache.write(layer, rows, self.slot_B, k_THK, v_THK)
         )
         slots = torch.arange(self.longest, device=q_THK.device)
-        seen_B11S = (slots <= self.position_B[:, None])[:, None, None]
+        seen_B11S = (slots <= self.slot_B[:, None])[:, None, None]
         out = dense_attention(
             q_THK.unsqueeze(2), k, v, mask=seen_B11S, scale=scale, shapes=Shapes.CHANGING
         )

@@ -1,5 +1,7 @@
 """A mask is two integers per row: query t sees keys `[lo[t], hi[t])`.
 
+One more integer a key says where it ends: no row from `until[s]` on sees it.
+
 `Intervals` is also the way attention layers reach their keys: they call `attend`, and do not know
 whether keys come from the same packed row (here) or from a cache (`nn.cache`).
 
@@ -35,16 +37,19 @@ class Intervals:
         lo_T: first key of each row.
         hi_T: one past the last key of each row.
         device: of the rows, where it is not that of `lo_T` and `hi_T`.
+        until_T: first row from which on no row sees a key; None = keys do not end.
     """
 
     lo_T: Tensor
     hi_T: Tensor
     device: torch.device | None = None
+    until_T: Tensor | None = None
 
     @cached_property
     def plan(self) -> IntervalPlan:
         """How attention walks the intervals; read to the host once, shared by all layers."""
-        return plan_intervals(self.lo_T, self.hi_T, self.lo_T.shape[0], self.device)
+        keys = self.lo_T.shape[0]
+        return plan_intervals(self.lo_T, self.hi_T, keys, self.device, self.until_T)
 
     def attend(
         self, layer: nn.Module, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, scale: float

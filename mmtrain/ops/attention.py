@@ -1,8 +1,10 @@
 """Attention in which every query row sees one interval of keys.
 
 Causal, packed documents, prefix, image-bidirectional and padding masks are all of this form:
-query t sees keys `[lo[t], hi[t])`. No T x T mask is ever made. `plan_intervals` reads the two
-vectors to the host once per micro-batch; every layer then reuses the plan.
+query t sees keys `[lo[t], hi[t])`. A key may also end: no row from `until[s]` on sees key s (the
+noised copy of an image, of which later rows see a clean one). No T x T mask is ever made.
+`plan_intervals` reads the vectors to the host once per micro-batch; every layer then reuses the
+plan.
 
 Tiles (a CPU, and intervals that lie on the host): rows are cut into groups that see only their own
 keys. A long causal document runs as one causal call of `dense_attention`, many short ones of nearly
@@ -105,7 +107,11 @@ class IntervalPlan:
 
 
 def plan_intervals(
-    lo_T: Tensor, hi_T: Tensor, keys: int, device: torch.device | None = None
+    lo_T: Tensor,
+    hi_T: Tensor,
+    keys: int,
+    device: torch.device | None = None,
+    until_S: Tensor | None = None,
 ) -> IntervalPlan:
     """Plan attention of T rows over `keys` keys, once for all layers.
 
@@ -115,19 +121,24 @@ def plan_intervals(
             softmax over no key at all is undefined (let padding rows see themselves).
         keys: number of keys S.
         device: of the rows, where it is not that of `lo` and `hi`.
+        until_S: integers, first row from which on no row sees a key; None = keys do not end. A row
+            must still see a key.
     """
     if attention_backend(lo_T.device) is AttentionBackend.FLEX:
-        return IntervalPlan((), _block_mask(lo_T, hi_T, keys))
-    return _tiled_plan(lo_T.cpu(), hi_T.cpu(), keys).to(device or lo_T.device)
+        return IntervalPlan((), _block_mask(lo_T, hi_T, keys, until_S))
+    until = None if until_S is None else until_S.cpu()
+    return _tiled_plan(lo_T.cpu(), hi_T.cpu(), keys, until).to(device or lo_T.device)
 
 
-def _tiled_plan(lo: Tensor, hi: Tensor, keys: int) -> IntervalPlan:
+def _tiled_plan(lo: Tensor, hi: Tensor, keys: int, until: Tensor | None) -> IntervalPlan:
     assert bool((lo < hi).all()) and bool((lo >= 0).all()) and bool((hi <= keys).all()), (
         "a query row sees no key, or keys that do not exist"
     )
+    if until is None:
+        until = torch.full((keys,), len(lo))
     if keys != lo.shape[0]:
-        return IntervalPlan((Group(len(lo), keys, tuple(_tiles(lo, hi, 0, len(lo)))),))
-    return _plan_documents(lo, hi)
+        return IntervalPlan((Group(len(lo), keys, tuple(_tiles(lo, hi, until, len(lo)))),))
+    return _plan_documents(lo, hi, until)
 
 
 def interval_attention(
@@ -221,21 +232,24 @@ def _group(q: Tensor, k: Tensor, v: Tensor, group: Group, scale: float) -> Itera
         yield out.transpose(1, 2).flatten(0, 1)
 
 
-def _plan_documents(lo: Tensor, hi: Tensor) -> IntervalPlan:
+def _plan_documents(lo: Tensor, hi: Tensor, until: Tensor) -> IntervalPlan:
     """Short causal documents in batches behind the rest, where there are enough of them."""
     row, ends = torch.arange(len(lo)), _ends(lo, hi)
     begins = torch.cat([ends.new_zeros(1), ends[:-1]])
     lengths = ends - begins
     document = torch.repeat_interleave(lengths)
+    until = torch.minimum(until, ends[document])  # no row behind sees the key anyway
     odd = (hi != row + 1) | (lo != begins[document])  # rows that are not causal in their document
+    odd |= until != ends[document]
     odds = torch.zeros(len(ends), dtype=torch.int64).index_add_(0, document, odd.long())
     short = (lengths <= SHORT_ROWS) & (odds == 0)
     if int(lengths[short].sum()) < SHORT_SHARE * len(lo):
-        return IntervalPlan(tuple(_groups(lo, hi)))
+        return IntervalPlan(tuple(_groups(lo, hi, until)))
     rest = ~short[document]
     places = torch.cumsum(rest, 0) - 1
     shift = (row - places)[rest]
-    groups = list(_groups(lo[rest] - shift, hi[rest] - shift)) if bool(rest.any()) else []
+    left = [x[rest] - shift for x in (lo, hi, until)]
+    groups = list(_groups(*left)) if bool(rest.any()) else []
     first = torch.zeros_like(begins)
     first[short], batches = _batches(lengths[short], int(rest.sum()))
     places = torch.where(rest, places, first[document] + row - begins[document])
@@ -268,9 +282,8 @@ def _batches(lengths: Tensor, start: int) -> tuple[Tensor, list[Group]]:
     return torch.tensor(first)[torch.argsort(order)], groups
 
 
-def _groups(lo: Tensor, hi: Tensor) -> Iterator[Group]:
+def _groups(lo: Tensor, hi: Tensor, until: Tensor) -> Iterator[Group]:
     """Cut rows where no interval crosses; short neighbours share a group of one tile."""
-    causal = hi == torch.arange(1, len(hi) + 1)
     pending: list[int] = []  # start and stop of the group being filled
     start = 0
     for stop in _ends(lo, hi).tolist():
@@ -278,10 +291,10 @@ def _groups(lo: Tensor, hi: Tensor) -> Iterator[Group]:
             pending[1] = stop
         else:
             if pending:
-                yield _close(lo, hi, causal, *pending)
+                yield _close(lo, hi, until, *pending)
             pending = [start, stop]
         start = stop
-    yield _close(lo, hi, causal, *pending)
+    yield _close(lo, hi, until, *pending)
 
 
 def _ends(lo: Tensor, hi: Tensor) -> Tensor:
@@ -293,38 +306,43 @@ def _ends(lo: Tensor, hi: Tensor) -> Tensor:
     return ends[(reach <= ends) & (later >= ends)]
 
 
-def _close(lo: Tensor, hi: Tensor, causal: Tensor, start: int, stop: int) -> Group:
-    length = stop - start
-    if bool((lo[start:stop] == start).all()):
-        if bool(causal[start:stop].all()):
+def _close(lo: Tensor, hi: Tensor, until: Tensor, start: int, stop: int) -> Group:
+    length, own = stop - start, slice(start, stop)
+    if bool((lo[own] == start).all()) and bool((until[own] == stop).all()):
+        if torch.equal(hi[own], torch.arange(start + 1, stop + 1)):
             return Group(length, length, (Tile(0, length, 0, length, causal=True),))
-        if bool((hi[start:stop] == stop).all()):
+        if bool((hi[own] == stop).all()):
             return Group(length, length, (Tile(0, length, 0, length),))
-    tiles = _tiles(lo[start:stop] - start, hi[start:stop] - start, 0, length)
+    tiles = _tiles(lo[own] - start, hi[own] - start, until[own] - start, length)
     return Group(length, length, tuple(tiles))
 
 
-def _tiles(lo: Tensor, hi: Tensor, start: int, stop: int) -> Iterator[Tile]:
+def _tiles(lo: Tensor, hi: Tensor, until: Tensor, rows: int) -> Iterator[Tile]:
     """Tiles of rows over the keys they reach; masks only where rows differ."""
-    for a in range(start, stop, TILE_ROWS):
-        b = min(a + TILE_ROWS, stop)
+    for a in range(0, rows, TILE_ROWS):
+        b = min(a + TILE_ROWS, rows)
         low, high = lo[a:b, None], hi[a:b, None]
         first, last = int(low.min()), int(high.max())
-        if bool((low == first).all()) and bool((high == last).all()):
+        alike = bool((low == first).all()) and bool((high == last).all())
+        if alike and bool((until[first:last] >= b).all()):
             yield Tile(a, b, first, last)
             continue
-        key = torch.arange(first, last)
-        yield Tile(a, b, first, last, (low <= key) & (key < high))
+        key, row = torch.arange(first, last), torch.arange(a, b)[:, None]
+        yield Tile(a, b, first, last, (low <= key) & (key < high) & (row < until[first:last]))
 
 
-def _block_mask(lo_T: Tensor, hi_T: Tensor, keys: int) -> BlockMask:
+def _block_mask(lo_T: Tensor, hi_T: Tensor, keys: int, until_S: Tensor | None = None) -> BlockMask:
     """Blocks of 128 x 128 that any row of theirs touches, from the rows' extremes alone.
 
     `create_block_mask` would evaluate all T x S pairs first. Nothing is read to the host.
     """
 
-    def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+    def between(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return (lo_T[row] <= key) & (key < hi_T[row])
+
+    def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        assert until_S is not None
+        return between(batch, head, row, key) & (row < until_S[key])
 
     # rows that fill up the last block must not change its extremes
     low_first, low_last = _block_extremes(lo_T, neutral_low=keys, neutral_high=0)
@@ -332,11 +350,17 @@ def _block_mask(lo_T: Tensor, hi_T: Tensor, keys: int) -> BlockMask:
     start = torch.arange(0, keys, TILE_ROWS, device=lo_T.device)
     touched = (low_first < start + TILE_ROWS) & (high_last > start)
     full = touched & (low_last <= start) & (high_first >= start + TILE_ROWS)
+    if until_S is not None:
+        ends, _ = _block_extremes(until_S, neutral_low=len(lo_T), neutral_high=0)
+        stop = torch.arange(
+            TILE_ROWS, len(low_first) * TILE_ROWS + 1, TILE_ROWS, device=ends.device
+        )
+        full &= stop.clamp(max=len(lo_T))[:, None] <= ends.T
     return BlockMask.from_kv_blocks(
         *_ordered(touched & ~full),
         *_ordered(full),
         BLOCK_SIZE=TILE_ROWS,
-        mask_mod=sees,
+        mask_mod=between if until_S is None else sees,
         seq_lengths=(len(lo_T), keys),
     )
 

@@ -114,9 +114,15 @@ def _compare(engine: Engine, manifest: Manifest, folder: Path) -> None:
     Raises:
         ContentError: names or full shapes differ.
     """
-    mesh = engine.mesh
-    faults = []
-    for name, parameter in canonical_parameters(engine.named_layers()):
+    mesh, layers = engine.mesh, list(engine.named_layers())
+    named = dict(canonical_parameters(layers))
+    mine = tuple(f"{layer}." for layer, _ in layers)
+    faults = [
+        f"{name}: not in the model"
+        for name in manifest.weights
+        if name.startswith(mine) and name not in named
+    ]
+    for name, parameter in named.items():
         entry = manifest.weights.get(name)
         if entry is None:
             like = get_close_matches(name, manifest.weights, 1)

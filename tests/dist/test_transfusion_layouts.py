@@ -7,6 +7,8 @@ import pytest
 from test_layouts import KEYS, check_equal
 from world import REPOSITORY, World
 
+from mmtrain.errors import ExitCode
+
 TINY = REPOSITORY / "configs/transfusion/tiny.yaml"
 STEPS = "train.steps=6"
 
@@ -95,6 +97,40 @@ def test_a_unet_edge_does_not_depend_on_the_layout(world: World, layout: str) ->
     check_equal(many, one)
 
 
+# one position an image; clean copies, whose noised ones nothing behind them sees
+SHARED_COPIES = ("model.image.positions=shared", "model.noise.context=copies")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "pp2-after-the-edge",
+        pytest.param("tp2-pp2-sequence", marks=pytest.mark.slow),
+        pytest.param("dp2-zero3", marks=pytest.mark.slow),
+        pytest.param("tp2-zero3", marks=pytest.mark.slow),
+        pytest.param("accumulation-1", marks=pytest.mark.slow),
+        pytest.param("two-workers", marks=pytest.mark.slow),
+    ],
+)
+def test_copies_with_shared_positions_do_not_depend_on_the_layout(
+    world: World, layout: str
+) -> None:
+    ranks, *overrides = LAYOUTS[layout]
+    switches = (*SHARED_COPIES, "train.steps=3", "schedule.warmup_steps=1")
+    one = trained(world, f"copies-one-{layout}", 1, *switches)
+    check_equal(trained(world, f"copies-{layout}", ranks, *switches, *overrides), one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp2-pp2-sequence", "dp2-zero2", "two-workers"])
+def test_clean_prefixes_do_not_depend_on_the_layout(world: World, layout: str) -> None:
+    ranks, *overrides = LAYOUTS[layout]
+    switches = ("model.noise.context=prefix_clean", *UNET, "train.steps=3")
+    one = trained(world, f"clean-one-{layout}", 1, *switches, "schedule.warmup_steps=1")
+    many = (*switches, *overrides, "schedule.warmup_steps=1")
+    check_equal(trained(world, f"clean-{layout}", ranks, *many), one)
+
+
 @pytest.mark.slow
 def test_switches_of_the_family_do_not_depend_on_the_layout(world: World) -> None:
     switches = (
@@ -126,3 +162,29 @@ def test_a_run_goes_on_to_the_last_bit(world: World, ranks: int, layout: tuple[s
     assert [line["step"] for line in again] == [1, 2, 3, 4, 5, 6]
     for line, wanted in zip(again, whole, strict=True):
         assert all(line[key] == wanted[key] for key in KEYS), line["step"]
+
+
+@pytest.mark.parametrize(
+    "kept, asked, fault",
+    [
+        ("shared", "raster", "image.grid.columns: not in the model"),
+        pytest.param(
+            "raster",
+            "shared",
+            "image.grid.columns: not in the checkpoint",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_checkpoint_of_other_positions_is_refused(
+    world: World, kept: str, asked: str, fault: str
+) -> None:
+    name, key = f"positions-{kept}", "model.image.positions"
+    steps = ("train.steps=1", "schedule.warmup_steps=0", "save.every_steps=1")
+    world.train(name, 1, f"{key}={kept}", *steps, recipe=TINY)
+    argv = ("train", str(TINY), f"name={name}", f"{key}={asked}", *steps, "train.steps=2")
+    assert world.run(1, *argv) == [ExitCode.CONTENT]
+    assert "another model wrote it" in world.last_log and fault in world.last_log
+    start = (f"train.initialize_from=runs/{name}", f"name={name}-next", *argv[3:])
+    assert world.run(1, "train", str(TINY), *start) == [ExitCode.CONTENT]
+    assert "does not fit the model" in world.last_log

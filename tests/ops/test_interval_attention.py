@@ -19,23 +19,33 @@ from mmtrain.ops.attention import (
 HEADS, WIDTH = 2, 8
 
 
-def oracle(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
+def oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    scale: float,
+    until: Tensor | None = None,
+) -> Tensor:
     """Dense softmax attention in float64 over an explicit mask."""
     q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
     key = torch.arange(k.shape[1])
     seen = (lo[:, None] <= key) & (key < hi[:, None])
+    if until is not None:
+        seen &= torch.arange(q.shape[1])[:, None] < until
     logits = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf)
     return (logits.softmax(-1) @ v).transpose(0, 1)
 
 
-def assert_matches_oracle(lo: Tensor, hi: Tensor, keys: int) -> None:
+def assert_matches_oracle(lo: Tensor, hi: Tensor, keys: int, until: Tensor | None = None) -> None:
     """Output and all three gradients."""
     generator = torch.Generator().manual_seed(0)
     q, upstream = (torch.randn(len(lo), HEADS, WIDTH, generator=generator) for _ in range(2))
     k, v = (torch.randn(keys, HEADS, WIDTH, generator=generator) for _ in range(2))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    ours = interval_attention(q, k, v, plan_intervals(lo, hi, keys), 0.3)
-    expected = oracle(q, k, v, lo, hi, 0.3)
+    ours = interval_attention(q, k, v, plan_intervals(lo, hi, keys, until_S=until), 0.3)
+    expected = oracle(q, k, v, lo, hi, 0.3, until)
     torch.testing.assert_close(ours.double(), expected, atol=2e-6, rtol=1e-5)
     for mine, theirs in zip(
         torch.autograd.grad(ours, leaves, upstream),
@@ -100,6 +110,23 @@ def test_any_intervals_over_any_number_of_keys(rows: int, keys: int, seed: int) 
     lo = torch.randint(0, keys, (rows,), generator=generator)
     hi = lo + 1 + (torch.rand(rows, generator=generator) * (keys - lo)).long()
     assert_matches_oracle(lo, hi.clamp(max=keys), keys)
+
+
+def some_end(packed: Tensor, seed: int) -> Tensor:
+    """The row from which a key is not seen, for a fifth of the keys; it lasts for its own row."""
+    draw, row = torch.Generator().manual_seed(seed), torch.arange(len(packed))
+    until = row + 1 + (torch.rand(len(row), generator=draw) * (len(row) - row)).long()
+    return torch.where(torch.rand(len(row), generator=draw) < 0.8, len(row), until)
+
+
+@settings(max_examples=25, deadline=None)
+@given(packings, st.integers(0, 2**32), st.booleans())
+def test_keys_end_where_they_are_told_to(packed: Tensor, seed: int, whole: bool) -> None:
+    """In causal documents, and in such whose rows see all of them."""
+    intervals = Intervals.causal_packed(packed)
+    ends = torch.tensor([int((packed == document).nonzero().max()) + 1 for document in packed])
+    hi = ends if whole else intervals.hi_T
+    assert_matches_oracle(intervals.lo_T, hi, len(packed), some_end(packed, seed))
 
 
 @pytest.mark.parametrize("lengths", [[22, 17], [17, 22], [5], [1, 1], [64, 64, 65]])
@@ -199,22 +226,26 @@ def test_the_flex_mask_is_the_same_mask(lengths: list[int]) -> None:
     """The CUDA path's mask function, run by the uncompiled FlexAttention on this machine."""
     intervals = Intervals.causal_packed(segments(lengths))
     q, k, v = torch.randn(3, sum(lengths), HEADS, 16)
-    mask = _block_mask(intervals.lo_T, intervals.hi_T, sum(lengths))
-    batched = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = flex_attention(*batched, block_mask=mask, scale=0.3)[0].transpose(0, 1)
-    expected = oracle(q, k, v, intervals.lo_T, intervals.hi_T, 0.3)
-    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+    for until in (None, some_end(segments(lengths), 3)):
+        mask = _block_mask(intervals.lo_T, intervals.hi_T, sum(lengths), until)
+        batched = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = flex_attention(*batched, block_mask=mask, scale=0.3)[0].transpose(0, 1)
+        expected = oracle(q, k, v, intervals.lo_T, intervals.hi_T, 0.3, until)
+        torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
 
 
 @settings(max_examples=30, deadline=None)
-@given(packings, st.integers(1, 200))
-def test_flex_blocks_are_those_of_the_dense_mask(packed: Tensor, spread: int) -> None:
+@given(packings, st.integers(1, 200), st.booleans())
+def test_flex_blocks_are_those_of_the_dense_mask(packed: Tensor, spread: int, end: bool) -> None:
     """Every block with a visible pair is kept, and a block called full has no hidden pair."""
     rows = torch.arange(len(packed))
     starts = Intervals.causal_packed(packed).lo_T
     lo = torch.maximum(starts, rows - spread)
-    mask = _block_mask(lo, rows + 1, len(packed))
+    until = torch.where(rows < len(rows) // 4, rows + 1, len(rows)) if end else None
+    mask = _block_mask(lo, rows + 1, len(packed), until)
     seen = (lo[:, None] <= rows) & (rows < rows[:, None] + 1)
+    if until is not None:
+        seen &= rows[:, None] < until
     for i in range(0, len(packed), TILE_ROWS):
         partial, full = (
             set(index[0, 0, i // TILE_ROWS, : count[0, 0, i // TILE_ROWS]].tolist())

@@ -22,6 +22,23 @@ class ImageAttention(Enum):
     causal = "causal"  # what stands before it, as in text
 
 
+class Positions(Enum):
+    """Rotary positions of the rows of an image."""
+
+    raster = "raster"  # one after another, as text
+    shared = "shared"  # one for the whole image; rows and columns are told by learned tables
+
+
+class Context(Enum):
+    """What rows behind an image see of it in training; writing always sees the clean picture."""
+
+    noised = "noised"  # its noised rows (published)
+    # some first images of a document are clean and not learnt (Show-o2, arXiv:2506.15564)
+    prefix_clean = "prefix_clean"
+    # a clean copy beside every image, which alone is seen (BAGEL, arXiv:2505.14683)
+    copies = "copies"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
     """Latents of an image, and how they become rows."""
@@ -35,6 +52,7 @@ class ImageConfig:
     # Little models do not learn from distances along the raster which squares lie side by side
     position_std: float | None = None
     attention: ImageAttention = ImageAttention.image
+    positions: Positions = Positions.raster
     unet_channels: tuple[int, ...] = (576, 1152)  # of each level; each halves the size; log2(k) + 1
     unet_blocks: int = 2  # down a level; one more up
     unet_head_width: int = 64
@@ -49,7 +67,12 @@ class ImageConfig:
     @property
     def rows(self) -> int:
         """Trunk rows of an image."""
-        return (self.size // self.patch) ** 2
+        return self.side**2
+
+    @property
+    def side(self) -> int:
+        """Trunk rows of an image, each way."""
+        return self.size // self.patch
 
     @property
     def values(self) -> int:
@@ -73,7 +96,9 @@ class NoiseConfig:
     # ratio (Min-SNR, arXiv:2303.09556); 0 = the answer's own error, as published
     snr_limit: float = 0.0
     steps: int = 1000  # T
-    limit: int = 500  # greatest time of an image that text follows
+    limit: int = 500  # greatest time of an image that is seen by text behind it
+    context: Context = Context.noised
+    all_noised: float = 0.3  # share of documents without a clean image, under prefix_clean
     drop: float = 0.1  # share of images that do not see what stands before them (guidance)
     # greatest size of a guessed clean latent while drawing: the cosine path divides by 5e-5 at T
     clean_limit: float = 5.0
@@ -89,3 +114,13 @@ class TransfusionConfig:
     language: TrunkConfig = field(default_factory=TrunkConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+
+    @property
+    def copies(self) -> int:
+        """Times that the rows of an image stand in a training sequence."""
+        return 2 if self.noise.context is Context.copies else 1
+
+    @property
+    def group_rows(self) -> int:
+        """Rows between the begin and end tokens of an image in a training sequence."""
+        return self.copies * self.image.rows

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from mmtrain.data import images
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.errors import ContentError
-from mmtrain.models.transfusion.config import TransfusionConfig
+from mmtrain.models.transfusion.config import Positions, TransfusionConfig
+from mmtrain.models.transfusion.latents import Latents
 from mmtrain.models.transfusion.model import ImageIn, TransfusionHead
-from mmtrain.models.transfusion.noising import Latents
 from mmtrain.models.writing import Limits, Prompt, TrunkSampler, Writing, Written
 from mmtrain.nn.cache import Block, KeyValueCache, Prefill
 from mmtrain.nn.choice import Choose, greedy
@@ -93,8 +93,10 @@ class TransfusionSampler(TrunkSampler):
         self, config: TransfusionConfig, layers: Mapping[str, nn.Module], form: SequenceFormat
     ) -> None:
         """Take the layers in order of the fold; they are used in place, on their device."""
-        super().__init__(layers, form)
+        # no copies where a picture is known to be clean
+        super().__init__(layers, replace(form, visual_tokens=config.image.rows))
         self.config = config
+        self.shares_positions = config.image.positions is Positions.shared
         self.image = cast(ImageIn, layers["image"])
         noise = config.noise
         self.process = NoiseProcess.of(noise.path, noise.answer, noise.steps)
@@ -141,6 +143,17 @@ class TransfusionSampler(TrunkSampler):
         """Rows `[n, n, D]` of clean images `[n, 3, S, S]`."""
         return self._rows(self.latents.likeliest(pixels.to(self.device)), 0)[0]
 
+    def positions(self, slots_T: Tensor, tokens: Sequence[int]) -> Tensor:
+        """Rotary positions of prompts' rows; those of an image may share one."""
+        if not self.shares_positions:
+            return slots_T
+        slot, begin = self.form.image_slot, self.form.image_begin
+        kinds = torch.tensor(tokens, device=self.device)
+        saved = (kinds == slot) & (kinds.roll(1) != begin)  # but for the first row of an image
+        saved_T = saved.long().cumsum(0)
+        first_T = torch.arange(len(tokens), device=self.device) - slots_T  # of each sequence
+        return slots_T - (saved_T - saved_T[first_T])
+
     @torch.inference_mode()
     def rollout(self, prompts: Sequence[Prompt]) -> Tensor:
         """Pixels `[B, 3, S, S]` of the image that follows each prompt."""
@@ -175,7 +188,8 @@ class TransfusionSampler(TrunkSampler):
             if following:
                 which = self.ids(list(following))
                 rows_BD = self.embed.tokens(self.ids(list(following.values())))
-                hidden_BD[which] = self._put(writing, which, rows_BD[:, None])[:, 0]
+                position_B1 = writing.position_B[which, None]
+                hidden_BD[which] = self._put(writing, which, rows_BD[:, None], position_B1)[:, 0]
         return [page.pieces for page in pages]
 
     def _next(
@@ -190,28 +204,35 @@ class TransfusionSampler(TrunkSampler):
     def _behind(self, writing: Writing, which: Tensor, count: int) -> Block:
         """What `count` new rows behind each of some sequences see."""
         causal = not self.form.sees_whole_image
-        slot_B = writing.position_B[which]
+        slot_B = writing.slot_B[which]
         return Block(writing.cache, which, slot_B, writing.longest, count, causal=causal)
 
     def _look(self, writing: Writing, which: Tensor, rows_BnD: Tensor) -> Tensor:
-        """Trunk rows `[B, n, D]` of rows behind some sequences, which are not kept."""
-        return self._through(rows_BnD, self._behind(writing, which, rows_BnD.shape[1]))
+        """Trunk rows `[B, n, D]` of an image behind some sequences, which is not kept."""
+        keys = self._behind(writing, which, rows_BnD.shape[1])
+        return self._through(rows_BnD, keys, self._of_image(writing.position_B[which]))
 
-    def _put(self, writing: Writing, which: Tensor, rows_BnD: Tensor) -> Tensor:
-        """Trunk rows `[B, n, D]` of rows that some sequences keep."""
+    def _put(
+        self, writing: Writing, which: Tensor, rows_BnD: Tensor, positions_Bn: Tensor
+    ) -> Tensor:
+        """Trunk rows `[B, n, D]` of rows that some sequences keep, at their positions."""
         count = rows_BnD.shape[1]
         keys = replace(self._behind(writing, which, count), keeps=True)
-        out = self._through(rows_BnD, keys)
-        writing.position_B[which] += count
-        writing.longest = int(writing.position_B.max())
+        out = self._through(rows_BnD, keys, positions_Bn)
+        writing.slot_B[which] += count
+        writing.position_B[which] = positions_Bn[:, -1] + 1
+        writing.longest = int(writing.slot_B.max())
         return out
 
-    def _through(self, rows_BnD: Tensor, keys: Block, ahead_B: Tensor | None = None) -> Tensor:
-        """The trunk over new rows; their positions are their slots, or begin at `ahead`."""
-        first_B = keys.slot_B if ahead_B is None else ahead_B
-        offset = torch.arange(rows_BnD.shape[1], device=self.device)
-        positions = (first_B[:, None] + offset).flatten()
-        return self.fold(rows_BnD.flatten(0, 1), positions, keys).view_as(rows_BnD)
+    def _of_image(self, first_B: Tensor) -> Tensor:
+        """Positions `[B, n]` of the rows of an image whose first row stands at `first`."""
+        offset_n = torch.arange(self.config.image.rows, device=self.device)
+        return first_B[:, None] + (0 * offset_n if self.shares_positions else offset_n)
+
+    def _through(self, rows_BnD: Tensor, keys: Block, positions_Bn: Tensor) -> Tensor:
+        """The trunk over new rows."""
+        out = self.fold(rows_BnD.flatten(0, 1), positions_Bn.flatten(), keys)
+        return out.view_as(rows_BnD)
 
     def _draw(self, writing: Writing, pages: Sequence[_Page], begun: list[int]) -> None:
         """The images that some sequences have begun: draw, keep those that are read on, decode."""
@@ -224,7 +245,8 @@ class TransfusionSampler(TrunkSampler):
         read_on = [place for place, number in enumerate(begun) if not pages[number].done]
         if read_on:
             rows, _ = self._rows(clean[read_on], 0)
-            self._put(writing, which[read_on], rows)
+            kept = which[read_on]
+            self._put(writing, kept, rows, self._of_image(writing.position_B[kept]))
 
     def _solve(self, writing: Writing, which: Tensor, seeds_B: Tensor) -> Tensor:
         """Clean latents `[B, C, h, w]` out of noise."""
@@ -239,7 +261,7 @@ class TransfusionSampler(TrunkSampler):
             rows, beside = self._rows(x, now)
             answer = self.head.answered(self._look(writing, which, rows), beside).float()
             if null is not None:
-                untold = self._through(rows, null, writing.position_B[which])
+                untold = self._through(rows, null, self._of_image(writing.position_B[which]))
                 nothing = self.head.answered(untold, beside).float()
                 answer = nothing + self.how.guidance * (answer - nothing)
             fresh = None
@@ -249,14 +271,14 @@ class TransfusionSampler(TrunkSampler):
             x = self.process.step(x, answer, (now, then), limit=limit, fresh=fresh)
         return x
 
-    def _null(self, slot_B: Tensor) -> Block:
+    def _null(self, position_B: Tensor) -> Block:
         """What an image sees without its condition: its begin token, which saw nothing."""
-        count = len(slot_B)
+        count = len(position_B)
         every = torch.arange(count, device=self.device)
         cache = KeyValueCache(count, 1)
         alone = Intervals.causal_lengths([1] * count, self.device)
         begins = self.embed.tokens(self.ids([self.form.image_begin] * count))
-        self.fold(begins, slot_B - 1, Prefill(cache, alone, every, torch.zeros_like(every)))
+        self.fold(begins, position_B - 1, Prefill(cache, alone, every, torch.zeros_like(every)))
         causal = not self.form.sees_whole_image
         one = torch.ones_like(every)
         return Block(cache, every, one, 1, self.config.image.rows, causal=causal)
@@ -264,5 +286,4 @@ class TransfusionSampler(TrunkSampler):
     def _rows(self, latents: Tensor, time: int) -> tuple[Tensor, Tensor]:
         """Rows `[N, n, D]` of latents at one time, and what the edge hands on beside them."""
         times_N = torch.full((len(latents),), time, device=self.device)
-        found: tuple[Tensor, Tensor] = self.image.edge(latents, times_N)
-        return found
+        return self.image.rows(latents, times_N)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtrain.models.spec import Layer
-from mmtrain.models.transfusion.config import ImageConfig, TransfusionConfig
+from mmtrain.models.transfusion.config import ImageConfig, Positions, TransfusionConfig
 from mmtrain.models.transfusion.edges import (
     as_rows,
     beside_numbers,
@@ -33,29 +33,59 @@ from mmtrain.nn.trunk import TrunkConfig, trunk_block
 TIMES = "times"  # integer field `[N]`: the time of each image
 
 
+class Grid(nn.Module):
+    """Where a row of an image lies: a learned vector of its line plus one of its column."""
+
+    def __init__(self, side: int, width: int) -> None:
+        """Allocate two tables `[side, width]`."""
+        super().__init__()
+        self.lines = nn.Parameter(torch.zeros(side, width))
+        self.columns = nn.Parameter(torch.zeros(side, width))
+
+    def forward(self, rows_NnD: Tensor) -> Tensor:
+        """Add them, in raster order."""
+        return rows_NnD + (self.lines[:, None] + self.columns).flatten(0, 1)
+
+
 class ImageIn(nn.Module):
     """Noisy latents to image rows; wanted answers and the edge's other half beside them."""
 
-    def __init__(self, config: ImageConfig, width: int) -> None:
+    def __init__(self, config: TransfusionConfig) -> None:
         """Allocate the edge."""
         super().__init__()
-        self.width = width
-        self.edge = edge_in(config, width)
+        image, self.width = config.image, config.language.width
+        self.copies = config.copies
+        self.edge = edge_in(image, self.width)
+        shared = image.positions is Positions.shared
+        self.grid: nn.Module = Grid(image.side, self.width) if shared else nn.Identity()
 
     def forward(self, flow: Flow) -> Flow:
-        """`hidden [N, 2C, h, w]`, noisy and wanted, to `hidden [N n, D]` and `carried [N r, D]`."""
-        noisy, wanted = flow.hidden.chunk(2, 1)
-        rows, beside = self.edge(noisy, flow.fields[TIMES])
+        """`hidden [N, 2C, h, w]`, noisy and wanted, to `hidden [N n, D]` and `carried [N r, D]`.
+
+        With copies the clean latents stand behind these two, and their rows, of time 0, behind the
+        noised ones of each image.
+        """
+        noisy, wanted, *clean = flow.hidden.chunk(1 + self.copies, 1)
+        times_N = flow.fields[TIMES]
+        rows, beside = self.rows(noisy, times_N)
         carried = as_rows([wanted.to(beside.dtype), beside], self.width)
-        return Flow(rows.flatten(0, 1), flow.fields, carried, flow.derived)
+        copied = [self.rows(latents, torch.zeros_like(times_N))[0] for latents in clean]
+        hidden = torch.cat([rows, *copied], 1).flatten(0, 1)
+        return Flow(hidden, flow.fields, carried, flow.derived)
+
+    def rows(self, latents: Tensor, times_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows `[N, n, D]` of latents `[N, C, h, w]`, and what the edge's other half needs."""
+        rows, beside = self.edge(latents, times_N)
+        return self.grid(rows), beside
 
 
 class TransfusionHead(nn.Module):
     """Final norm, language head, the edge's other half and both losses."""
 
-    def __init__(self, config: ImageConfig, language: TrunkConfig) -> None:
+    def __init__(self, config: ImageConfig, language: TrunkConfig, copies: int) -> None:
         """Allocate both heads; the language head has no bias."""
         super().__init__()
+        self.copies = copies
         self.shape = (config.channels, config.size, config.size)
         self.wanted = config.values * config.rows
         self.numbers = self.wanted + beside_numbers(config)
@@ -77,7 +107,8 @@ class TransfusionHead(nn.Module):
         width = flow.carried.shape[-1]
         carried = flow.carried.reshape(count, rows_of(self.numbers, width) * width)
         wanted, beside = carried[:, : self.wanted], carried[:, self.wanted : self.numbers]
-        answer = self.edge(hidden_TD[slots].view(count, -1, width), beside)
+        noised = slots.view(count, self.copies, -1)[:, 0]
+        answer = self.edge(hidden_TD[noised], beside)
         error = answer.float() - wanted.detach().view(count, *self.shape).float()
         return {
             "text": self.cross_entropy(self.unembed(hidden_TD), flow.fields["labels"]),
@@ -99,13 +130,13 @@ def layers(config: TransfusionConfig) -> list[Layer]:
     """The whole model in order; nothing is allocated until a layer's `build` is called."""
     language = config.language
     return [
-        Layer("image", partial(ImageIn, config.image, language.width)),
+        Layer("image", partial(ImageIn, config)),
         Layer("embed", partial(SplicedEmbedding, language.vocabulary, language.width)),
         *(
             Layer(f"blocks.{i}", partial(trunk_block, language, LoraConfig(), f"blocks.{i}"))
             for i in range(language.layers)
         ),
-        Layer("head", partial(TransfusionHead, config.image, language)),
+        Layer("head", partial(TransfusionHead, config.image, language, config.copies)),
     ]
 
 

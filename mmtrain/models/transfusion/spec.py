@@ -17,7 +17,13 @@ from mmtrain.data.tokens import SPECIAL_TOKENS, SequenceFormat
 from mmtrain.errors import Problem
 from mmtrain.layout.plan import Cut, TensorPlan
 from mmtrain.models.spec import BatchShape, ModelSpec, StoredLatents
-from mmtrain.models.transfusion.config import Edge, ImageAttention, ImageConfig, TransfusionConfig
+from mmtrain.models.transfusion.config import (
+    Edge,
+    ImageAttention,
+    ImageConfig,
+    Positions,
+    TransfusionConfig,
+)
 from mmtrain.models.transfusion.edges import beside_numbers, edge_in, edge_out
 from mmtrain.models.transfusion.generate import TransfusionSampler
 from mmtrain.models.transfusion.model import layers
@@ -61,7 +67,9 @@ def initial(config: TransfusionConfig) -> InitialRules:
             *torch_defaults(down, "image.edge"),
             *torch_defaults(up, "head.edge"),
         ]
-    return [*trunk_rules(), *edges]
+    shared = image.positions is Positions.shared
+    grid: InitialRules = [("image.grid.{lines,columns}", normal(0.02))] if shared else []
+    return [*trunk_rules(), *edges, *grid]
 
 
 def flops(config: TransfusionConfig, shape: BatchShape) -> list[float]:
@@ -69,7 +77,7 @@ def flops(config: TransfusionConfig, shape: BatchShape) -> list[float]:
     language = config.language
     enter, leave = _edge_flops(config.image, language.width)
     return [
-        shape.images * enter,
+        shape.images * config.copies * enter,
         0.0,
         *[block_flops(language, LoraConfig(), shape.tokens)] * language.layers,
         2.0 * shape.tokens * language.width * language.vocabulary + shape.images * leave,
@@ -108,11 +116,11 @@ def problems(config: TransfusionConfig, tensor: int) -> Iterator[Problem]:
     yield from positive("model.image", config.image)
     if config.image.patch > 0:
         yield from _image_problems(config.image)
-        least = config.image.rows + 5
+        least = config.group_rows + 5
         if config.language.context < least:
             yield Problem(
                 "model.language.context",
-                f"found {config.language.context}; one image of {config.image.rows} rows, its "
+                f"found {config.language.context}; one image of {config.group_rows} rows, its "
                 f"marks, <s>, </s> and a word take {least} positions",
             )
     yield from _noise_problems(config)
@@ -221,6 +229,12 @@ def _noise_problems(config: TransfusionConfig) -> Iterator[Problem]:
         )
     if not 0 <= noise.drop < 1:
         yield Problem("model.noise.drop", f"found {noise.drop}; allowed: 0 or more, below 1")
+    if not 0 < noise.all_noised <= 1:
+        yield Problem(
+            "model.noise.all_noised",
+            f"found {noise.all_noised}; allowed: above 0, because images that text follows are "
+            "learnt in no other document, up to 1",
+        )
     if not noise.clean_limit > 0:
         yield Problem(
             "model.noise.clean_limit", f"found {noise.clean_limit}; allowed: above 0; 1 for pixels"
@@ -276,7 +290,7 @@ def sequence(config: TransfusionConfig, ids: Mapping[str, int]) -> SequenceForma
     """
     return SequenceFormat.of(
         ids,
-        visual_tokens=config.image.rows,
+        visual_tokens=config.group_rows,
         image_size=config.image.size * config.image.factor,
         image_mean=(0.5, 0.5, 0.5),
         image_std=(0.5, 0.5, 0.5),

@@ -155,7 +155,7 @@ class Judging:
 
     def __call__(self, batch: Batch) -> Batch:
         """`inputs.hidden` stays; its fields become `FIELDS`, and weights are of pictures."""
-        pictures = Pictures.of(batch, _ROWS)
+        pictures = Pictures.of(batch.inputs.fields, _ROWS)
         judged = self.use is Use.training and batch.info.step >= self.from_step
         silent = self._absent | (set() if judged else {ADVERSARIAL, CRITIC})
         counts_N = pictures.real_N.float()

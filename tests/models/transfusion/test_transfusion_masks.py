@@ -1,6 +1,7 @@
 """Who sees whom, and what is learnt: against dense references on random packings."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from mmtrain.data.packed import Placed, labels_of, lay_out
 from mmtrain.data.sequence import InterleavedSequence, Span
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.models.spec import Use
-from mmtrain.models.transfusion.noising import Images, Noising
+from mmtrain.models.transfusion.config import Context, Positions
+from mmtrain.models.transfusion.noising import Noising
+from mmtrain.models.transfusion.rows import ImageRows
 from mmtrain.nn.masks import Intervals
 from mmtrain.ops.intervals import KeyIntervals
 
@@ -73,6 +76,140 @@ def test_intervals_are_the_mask_of_the_paper_on_random_packings(causal: bool) ->
         key, row = torch.arange(total), torch.arange(total)[:, None]
         visited = (mask.first_BS <= row) & (row < mask.last_BS)
         assert not bool((expected & ~visited).any()), key
+
+
+def dense_with_copies(tokens_T: Tensor, owner_T: Tensor, layout: SequenceFormat) -> Tensor:
+    """BAGEL's mask: before or of the same copy, and never another's noised rows."""
+    total, rows = len(tokens_T), layout.visual_tokens // 2
+    copy_T, noised_T = torch.full((total,), -1), torch.zeros(total, dtype=torch.bool)
+    for at in (tokens_T == layout.image_begin).nonzero().flatten().tolist():
+        copy_T[at + 1 : at + 1 + rows] = 2 * at
+        copy_T[at + 1 + rows : at + 1 + 2 * rows] = 2 * at + 1
+        noised_T[at + 1 : at + 1 + rows] = True
+    row = torch.arange(total)
+    same = (copy_T[:, None] == copy_T) & (copy_T[:, None] >= 0)
+    seen = (row[:, None] >= row) | (same if layout.sees_whole_image else False)
+    seen &= ~noised_T | same
+    seen &= (owner_T[:, None] == owner_T) & (owner_T[:, None] >= 0)
+    return seen | torch.eye(total, dtype=torch.bool)
+
+
+def owners(documents: list[list[int]], total: int) -> Tensor:
+    counts = torch.tensor([len(tokens) for tokens in documents])
+    owner_T = torch.full((total,), -1)
+    owner_T[: int(counts.sum())] = torch.arange(len(counts)).repeat_interleave(counts)
+    return owner_T
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_copies_are_seen_as_in_the_dense_mask_on_random_packings(causal: bool) -> None:
+    draw, config = random.Random(5), small(context=Context.copies, drop=0.0)
+    layout = replace(form(config), sees_whole_image=not causal)
+    noising = Noising(config, layout, torch.device("cpu"), Use.training)
+    for _ in range(250):
+        documents = [document(random_pieces(draw), layout) for _ in range(draw.randrange(1, 5))]
+        count = sum(tokens.count(layout.image_begin) for tokens in documents)
+        total = sum(map(len, documents)) + draw.randrange(4)
+        batch = packed(documents, torch.zeros(max(count, 1), 3, 0, 0), layout, total=total)
+        fields = noising(batch).inputs.fields
+        lo, hi, until = fields["lo"], fields["hi"], fields["until"]
+        row = torch.arange(total)
+        found = (lo[:, None] <= row) & (row < hi[:, None]) & (row[:, None] < until)
+        expected = dense_with_copies(fields["tokens"], owners(documents, total), layout)
+        assert torch.equal(found, expected)
+
+
+def test_attention_to_copies_is_attention_under_the_dense_mask() -> None:
+    draw, config = random.Random(6), small(context=Context.copies, drop=0.0)
+    for causal in (False, True) * 10:
+        layout = replace(form(config), sees_whole_image=not causal)
+        documents = [document(random_pieces(draw, 8), layout) for _ in range(4)]
+        count = sum(tokens.count(layout.image_begin) for tokens in documents)
+        total = sum(map(len, documents)) + 3
+        batch = packed(documents, torch.zeros(max(count, 1), 3, 0, 0), layout, total=total)
+        fields = Noising(config, layout, torch.device("cpu"), Use.training)(batch).inputs.fields
+        q, k, v = torch.randn(3, total, 2, 8, generator=torch.Generator().manual_seed(total))
+        keys = Intervals(fields["lo"], fields["hi"], until_T=fields["until"])
+        found = keys.attend(torch.nn.Identity(), q, k, v, 0.3)
+        seen = dense_with_copies(fields["tokens"], owners(documents, total), layout)
+        logits = torch.einsum("thk,shk->hts", q, k) * 0.3
+        weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+        torch.testing.assert_close(found, torch.einsum("hts,shk->thk", weights, v))
+
+
+@pytest.mark.parametrize("context", [Context.noised, Context.copies])
+@pytest.mark.parametrize("positions", Positions)
+def test_positions_count_the_rows_that_a_sampler_has(
+    context: Context, positions: Positions
+) -> None:
+    config = small(context=context)
+    config = replace(config, image=replace(config.image, positions=positions))
+    layout, draw = form(config), random.Random(7)
+    for _ in range(50):
+        documents = [document(random_pieces(draw), layout) for _ in range(3)]
+        total = sum(map(len, documents)) + 2
+        count = sum(tokens.count(layout.image_begin) for tokens in documents)
+        batch = packed(documents, torch.zeros(max(count, 1), 3, 0, 0), layout, total=total)
+        noised = Noising(config, layout, torch.device("cpu"), Use.training)(batch)
+        found = noised.inputs.fields["positions"].tolist()
+        expected: list[int] = []
+        for tokens in documents:
+            expected += places(tokens, layout.image_slot, config.image.rows, positions)
+        assert found == [*expected, 0, 0]
+
+
+def places(tokens: list[int], slot: int, rows: int, kind: Positions) -> list[int]:
+    """Row by row: rows of an image share a position or count on, copies begin again."""
+    out, following, inside = [], 0, 0
+    for token in tokens:
+        if token != slot:
+            inside, here = 0, following
+        elif kind is Positions.shared:
+            here = following if inside == 0 else out[-1]
+            inside += 1
+        else:
+            here = out[-rows] if inside >= rows else following
+            inside += 1
+        out.append(here)
+        following = here + 1
+    return out
+
+
+def test_a_prefix_of_images_is_clean_and_not_learnt() -> None:
+    config = small(context=Context.prefix_clean, drop=0.5)
+    layout = form(config)
+    kinds: list[list[int | str]] = [[IMAGE, 1], [1, IMAGE], [IMAGE, 1, IMAGE], [IMAGE, IMAGE, 2]]
+    documents = [document(pieces, layout) for pieces in kinds] * 200
+    batch = packed(documents, torch.rand(200 * 6, 3, 8, 8), layout)
+    noised = Noising(config, layout, torch.device("cpu"), Use.training)(batch)
+    times = noised.inputs.fields["times"].view(200, 6)
+    assert torch.equal(noised.targets.weights["image"], (times > 0).flatten().float())
+    clean = times == 0
+    for columns, most in (([0], 1), ([1], 0), ([2, 3], 1), ([4, 5], 2)):
+        counts = clean[:, columns].sum(1)
+        assert int(counts.max()) == most
+        if most:  # 0.3 of the documents have none, the rest 1 .. most alike
+            assert (counts == 0).float().mean() == pytest.approx(0.3, abs=0.1)
+            assert (counts == most).float().mean() == pytest.approx(0.7 / most, abs=0.12)
+        assert bool((clean[:, columns].int().diff(dim=1) <= 0).all()), "the first ones are clean"
+    noisy = noised.inputs.hidden[:, :3]
+    assert torch.equal(noisy[clean.flatten()], batch.inputs.hidden[clean.flatten()])
+    begins = (noised.inputs.fields["tokens"] == layout.image_begin).nonzero().flatten()
+    alone = noised.inputs.fields["lo"][begins] == begins
+    assert bool(alone.any()) and not bool((alone & clean.flatten()).any())
+    limited = times[:, 0][times[:, 0] > 0]
+    assert int(limited.max()) <= 500 < int(times[:, 1].max())
+
+
+def test_copies_need_no_limit_and_are_learnt_once() -> None:
+    config = small(context=Context.copies, drop=0.0)
+    layout = form(config)
+    documents = [document([IMAGE, 1], layout)] * 60
+    batch = packed(documents, torch.rand(60, 3, 8, 8), layout)
+    noised = Noising(config, layout, torch.device("cpu"), Use.training)(batch)
+    assert int(noised.inputs.fields["times"].max()) > 800
+    assert noised.targets.weights["image"].tolist() == [1.0] * 60
+    assert torch.equal(noised.inputs.hidden[:, 6:], batch.inputs.hidden)
 
 
 def test_attention_by_intervals_is_attention_under_the_dense_mask() -> None:
@@ -143,6 +280,6 @@ def test_an_image_is_limited_exactly_when_words_follow_in_its_document() -> None
     expected = [flag for _, flags in kinds for flag in flags]
     pixels = torch.zeros(len(expected) + 2, 3, 8, 8)
     batch = packed(documents, pixels, layout, total=sum(map(len, documents)) + 5)
-    images = Images.of(batch, layout.visual_tokens, layout)
+    images = ImageRows.of(batch.inputs.fields, small(), layout)
     assert images.followed_N.tolist() == [*expected, False, False]
     assert images.real_N.tolist() == [True] * len(expected) + [False] * 2

@@ -16,11 +16,19 @@ from mmtrain.errors import Problem
 from mmtrain.layout.plan import compile_pattern
 from mmtrain.models.census import count_by_part, take_census
 from mmtrain.models.spec import BatchShape, Use
-from mmtrain.models.transfusion.config import Edge, ImageConfig, TransfusionConfig
+from mmtrain.models.transfusion.config import (
+    Context,
+    Edge,
+    ImageConfig,
+    Positions,
+    TransfusionConfig,
+)
 from mmtrain.models.transfusion.edges import edge_in, edge_out
-from mmtrain.models.transfusion.model import build_plain, losses
+from mmtrain.models.transfusion.generate import TransfusionSampler
+from mmtrain.models.transfusion.model import TransfusionHead, build_plain, losses
 from mmtrain.models.transfusion.noising import Noising
 from mmtrain.models.transfusion.spec import PLAN, TRANSFUSION, problems
+from mmtrain.models.writing import Prompt
 from mmtrain.nn.diffusion import Answer
 from mmtrain.nn.diffusion import Path as NoisePath
 from mmtrain.nn.init import draw_by_name
@@ -108,9 +116,23 @@ def summed(model: dict[str, torch.nn.Module], batch: Batch) -> dict[str, Tensor]
     return {name: (value * batch.targets.weights[name]).sum() for name, value in values.items()}
 
 
-@pytest.mark.parametrize("edge", Edge)
-def test_a_pack_is_worth_the_sum_of_its_documents(edge: Edge) -> None:
-    config, draw = small(edge), random.Random(3)
+def shared(config: TransfusionConfig) -> TransfusionConfig:
+    return replace(config, image=replace(config.image, positions=Positions.shared))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(small(Edge.linear), id="linear"),
+        pytest.param(small(Edge.unet), id="unet"),
+        pytest.param(shared(small()), id="shared"),
+        pytest.param(small(context=Context.prefix_clean), id="prefix-clean"),
+        pytest.param(small(context=Context.copies), id="copies"),
+        pytest.param(shared(small(Edge.unet, context=Context.copies)), id="unet-shared-copies"),
+    ],
+)
+def test_a_pack_is_worth_the_sum_of_its_documents(config: TransfusionConfig) -> None:
+    draw = random.Random(3)
     layout, model = form(config), drawn(config)
     documents = [document([*random_pieces(draw), 3, IMAGE], layout) for _ in range(4)]
     counts = [tokens.count(layout.image_begin) for tokens in documents]
@@ -187,8 +209,29 @@ def test_the_wanted_answer_reaches_the_loss() -> None:
     torch.testing.assert_close(found, wanted.square().mean((1, 2, 3)))
 
 
+def test_what_is_written_behind_a_picture_was_trained_behind_its_clean_copy() -> None:
+    """Training on copies and writing agree: words behind an image have the same logits."""
+    config = shared(small(context=Context.copies, drop=0.0))
+    model, layout = drawn(config, std=1.0), form(config)
+    batch = prepared([document([1, IMAGE, 2, IMAGE, 3], layout)], config)
+    flow = batch.inputs
+    *body, head = model.values()
+    for layer in body:
+        flow = layer(flow)
+    assert isinstance(head, TransfusionHead)
+    logits = head.logits(flow.hidden)
+    sampler = TransfusionSampler(config, model, layout)
+    pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    told = document([1, IMAGE, 2, IMAGE, 3], sampler.form)
+    written = sampler.pack([Prompt(tuple(told), pixels)])
+    expected = head.logits(sampler.hidden(written))
+    words = [at for at, token in enumerate(told) if token != layout.image_slot]
+    same = [at for at, t in enumerate(batch.inputs.fields["tokens"]) if t != layout.image_slot]
+    torch.testing.assert_close(logits[same], expected[words], rtol=1e-4, atol=1e-4)
+
+
 def switched(edge: Edge) -> TransfusionConfig:
-    config = small(edge)
+    config = shared(small(edge))
     return replace(config, language=replace(config.language, qk_norm=QkNorm.layer))
 
 
@@ -208,8 +251,9 @@ def test_every_parameter_has_a_rule_and_every_pattern_a_name(edge: Edge) -> None
 
 
 @pytest.mark.parametrize("edge", Edge)
-def test_costs_are_the_operations_that_run(edge: Edge) -> None:
-    config = small(edge)
+@pytest.mark.parametrize("context", [Context.noised, Context.copies])
+def test_costs_are_the_operations_that_run(edge: Edge, context: Context) -> None:
+    config = small(edge, context=context)
     model, layout = drawn(config), form(config)
     tokens = document([*[1] * 20, IMAGE, IMAGE], layout)
     batch = prepared([tokens], config)
@@ -236,6 +280,11 @@ def test_costs_are_the_operations_that_run(edge: Edge) -> None:
         ("model.noise.answer", {"noise": {"path": NoisePath.linear, "answer": Answer.epsilon}}),
         ("model.noise.limit", {"noise": {"limit": 2000}}),
         ("model.noise.drop", {"noise": {"drop": 1.0}}),
+        ("model.noise.all_noised", {"noise": {"all_noised": 0.0}}),
+        (
+            "model.language.context",
+            {"noise": {"context": Context.copies}, "language": {"context": 10}},
+        ),
         ("model.noise.clean_limit", {"noise": {"clean_limit": 0.0}}),
         ("model.language.context", {"language": {"context": 8}}),
         ("model.language.width", {"language": {"heads": 3}}),

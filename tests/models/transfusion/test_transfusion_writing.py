@@ -9,7 +9,7 @@ from small_transfusion import IDS, WORDS, drawn, form, small
 from torch import Tensor
 
 from mmtrain.errors import ContentError
-from mmtrain.models.transfusion.config import Edge, ImageAttention
+from mmtrain.models.transfusion.config import Context, Edge, ImageAttention, Positions
 from mmtrain.models.transfusion.generate import TransfusionSampler
 from mmtrain.models.writing import Limits, Prompt
 from mmtrain.nn.choice import Nucleus
@@ -24,6 +24,7 @@ def sampler_of(
     edge: Edge = Edge.linear,
     attention: ImageAttention = ImageAttention.image,
     kv_heads: int = 0,
+    positions: Positions = Positions.raster,
     **noise: object,
 ) -> TransfusionSampler:
     options = {
@@ -35,7 +36,7 @@ def sampler_of(
     config = small(edge, **options)
     config = replace(
         config,
-        image=replace(config.image, attention=attention),
+        image=replace(config.image, attention=attention, positions=positions),
         language=replace(config.language, kv_heads=kv_heads),
     )
     return TransfusionSampler(config, drawn(config, std=1.0), form(config))
@@ -52,29 +53,27 @@ def group() -> list[int]:
 def uncached_rows(sampler: TransfusionSampler, before: Tensor, rows: Tensor, start: int) -> Tensor:
     """The last n trunk rows of a sequence that is folded whole, without a cache."""
     whole = torch.cat([before, rows])
-    packed = sampler.lay(whole, (len(whole),), spans(sampler, len(before), len(rows)))
+    tokens = [BOS] * (len(before) - 1) + [BEGIN] + [SLOT] * len(rows)
+    packed = sampler.lay(whole, (len(whole),), tokens)
     positions = packed.positions_T + start
     return sampler.fold(whole, positions, packed.intervals)[-len(rows) :]
 
 
-def spans(sampler: TransfusionSampler, before: int, rows: int) -> Tensor | None:
-    if not sampler.form.sees_whole_image:
-        return None
-    return torch.tensor([-1] * before + [0] * rows)
-
-
 @pytest.mark.parametrize("edge", Edge)
 @pytest.mark.parametrize("attention", ImageAttention)
+@pytest.mark.parametrize("positions", Positions)
 @torch.inference_mode()
-def test_a_picture_is_drawn_as_without_a_cache(edge: Edge, attention: ImageAttention) -> None:
-    sampler = sampler_of(edge, attention).drawing(seed=7)
+def test_a_picture_is_drawn_as_without_a_cache(
+    edge: Edge, attention: ImageAttention, positions: Positions
+) -> None:
+    sampler = sampler_of(edge, attention, positions=positions).drawing(seed=7)
     prompt = (BOS, 3, 4, 5)
     (found,) = sampler.rollout([Prompt(prompt)])
     opened = (*prompt, BEGIN)
     x = normals(torch.tensor([seed_of(7, opened, 0)]), 192).view(1, 3, 8, 8)
     before = sampler.embed.tokens(torch.tensor(opened))
     for now, then in pairwise(spaced_times(1000, 5)):
-        rows, beside = sampler.image.edge(x, torch.tensor([now]))
+        rows, beside = sampler.image.rows(x, torch.tensor([now]))
         told = uncached_rows(sampler, before, rows[0], 0)
         nothing = uncached_rows(sampler, before[-1:], rows[0], len(opened) - 1)
         answers = [sampler.head.answered(h[None], beside) for h in (told, nothing)]
@@ -87,10 +86,13 @@ def test_a_picture_is_drawn_as_without_a_cache(edge: Edge, attention: ImageAtten
 
 
 @pytest.mark.parametrize("kv_heads", [0, 2])
+@pytest.mark.parametrize("positions", Positions)
 @torch.inference_mode()
-def test_text_after_a_drawn_picture_is_that_after_the_picture_as_a_prompt(kv_heads: int) -> None:
+def test_text_after_a_drawn_picture_is_that_after_the_picture_as_a_prompt(
+    kv_heads: int, positions: Positions
+) -> None:
     """A clean commit leaves the keys and values of a fresh prefill."""
-    sampler = sampler_of(kv_heads=kv_heads)
+    sampler = sampler_of(kv_heads=kv_heads, positions=positions)
     limits = Limits(new_tokens=8, images=0)
     (written,) = sampler.write([Prompt((BOS, 3, 4, BEGIN))], limits)
     picture, text = written
@@ -104,16 +106,20 @@ def test_text_after_a_drawn_picture_is_that_after_the_picture_as_a_prompt(kv_hea
     assert logits[len(prompt.tokens) - 1 : -1].argmax(-1).tolist() == text
 
 
+@pytest.mark.parametrize("positions", Positions)
 @torch.inference_mode()
-def test_the_prefix_is_only_read_while_a_picture_is_drawn() -> None:
-    sampler = sampler_of()
+def test_the_prefix_is_only_read_while_a_picture_is_drawn(positions: Positions) -> None:
+    sampler = sampler_of(positions=positions)
     writing, _ = sampler.start([Prompt((BOS, 3, BEGIN))], ROWS)
     before = {layer: [x.clone() for x in kept] for layer, kept in writing.cache._layers.items()}
     clean = sampler._solve(writing, torch.tensor([0]), torch.tensor([5]))
     for layer, kept in writing.cache._layers.items():
         for found, expected in zip(kept, before[layer], strict=True):
             assert torch.equal(found, expected)
-    sampler._put(writing, torch.tensor([0]), sampler.encode(clean))
+    places = sampler._of_image(writing.position_B)
+    sampler._put(writing, torch.tensor([0]), sampler.encode(clean), places)
+    assert int(writing.slot_B) == 3 + ROWS
+    assert int(writing.position_B) == (4 if positions is Positions.shared else 3 + ROWS)
     fresh, _ = sampler.start([Prompt((BOS, 3, *group()), clean)], 0)
     for kept, wanted in zip(
         writing.cache._layers.values(), fresh.cache._layers.values(), strict=True
@@ -157,18 +163,25 @@ def test_text_and_pictures_take_turns() -> None:
         sampler.write(prompts[:1], Limits(new_tokens=4, images=1), Script([END]))
 
 
+@pytest.mark.parametrize("positions", Positions)
 @torch.inference_mode()
-def test_a_text_piece_after_two_pictures_is_that_of_a_fresh_prompt() -> None:
-    sampler = sampler_of(solver_steps=2)
+def test_a_text_piece_after_two_pictures_is_that_of_a_fresh_prompt(positions: Positions) -> None:
+    sampler = sampler_of(solver_steps=2, positions=positions)
     script = Script([1, BEGIN, 2, BEGIN, 4, 5, 6])
     (pieces,) = sampler.write([Prompt((BOS,))], Limits(new_tokens=5, images=2), script)
     first, second = (piece for piece in pieces if isinstance(piece, Tensor))
     tokens = (BOS, 1, *group(), 2, *group(), 4)
-    expected = sampler.text([Prompt(tokens, torch.stack([first, second]))], 3)
+    expected = sampler.text([Prompt(tokens, torch.stack([first, second]))], 3, of_words)
     redone = sampler.write(
         [Prompt((BOS,))], Limits(new_tokens=6, images=2), Forced([1, BEGIN, 2, BEGIN, 4])
     )
     assert redone[0][-1] == [4, *expected[0]]
+
+
+def of_words(logits_BV: Tensor, which: object = None) -> Tensor:
+    """The likeliest, marks left out."""
+    marks = torch.tensor([BOS, IDS["[PAD]"], SLOT, END, BEGIN])
+    return logits_BV.index_fill(1, marks, -torch.inf).argmax(-1)
 
 
 class Forced:
@@ -181,8 +194,9 @@ class Forced:
         return torch.tensor([self.line.pop(0)]) if self.line else logits_BV.argmax(-1)
 
 
-def test_neither_batch_nor_order_change_what_is_written() -> None:
-    sampler = sampler_of(solver=Solver.ddpm).drawing(seed=3)
+@pytest.mark.parametrize("positions", Positions)
+def test_neither_batch_nor_order_change_what_is_written(positions: Positions) -> None:
+    sampler = sampler_of(solver=Solver.ddpm, positions=positions).drawing(seed=3)
     prompts = [
         Prompt((BOS, 3, BEGIN)),
         Prompt((BOS, 5, 6, 7, 8)),
@@ -199,6 +213,28 @@ def test_neither_batch_nor_order_change_what_is_written() -> None:
     backwards = sampler.rollout([Prompt(p.tokens[:-1], p.pixels) for p in prompts[::2]][::-1])
     assert isinstance(together[0][0], Tensor)
     torch.testing.assert_close(backwards[1], together[0][0], rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_answers_are_ranked_under_the_mask_of_their_pictures() -> None:
+    """The likelihood of an answer is that of the steps which would write it."""
+    sampler = sampler_of()
+    prompt = Prompt((BOS, *group(), 2), pictures(1))
+    answers = [[3, 4], [5, EOS]]
+    found = sampler.negative_log_likelihoods(prompt, answers)
+    for answer, ranked in zip(answers, found, strict=True):
+        told = sampler.pack([Prompt((*prompt.tokens, *answer), prompt.pixels)])
+        logits = sampler.head.logits(sampler.hidden(told)).log_softmax(-1)
+        steps = zip(logits[len(prompt.tokens) - 1 : -1], answer, strict=True)
+        assert float(ranked) == pytest.approx(-sum(float(row[a]) for row, a in steps), rel=1e-5)
+
+
+def test_a_model_that_was_trained_on_copies_writes_without_them() -> None:
+    with_copies = sampler_of(context=Context.copies, solver_steps=2)
+    assert with_copies.form.visual_tokens == ROWS
+    (drawn_so,) = with_copies.rollout([Prompt((BOS, *group(), 3), pictures(1))])
+    (drawn_else,) = sampler_of(solver_steps=2).rollout([Prompt((BOS, *group(), 3), pictures(1))])
+    assert torch.equal(drawn_so, drawn_else)
 
 
 def test_guidance_of_one_is_a_single_pass(monkeypatch: pytest.MonkeyPatch) -> None:
