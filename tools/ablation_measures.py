@@ -123,9 +123,7 @@ def _heldout_loss(
         layout=setting.layout,
         pack_tokens=recipe.data.pack_tokens,
     )
-    prepare = setting.spec.prepare(
-        recipe.model, setting.layout, torch.device("cpu"), Use.heldout
-    )
+    prepare = setting.spec.prepare(recipe.model, setting.layout, torch.device("cpu"), Use.heldout)
     packs = documents // per_pack
     sums, counts, seen = Counter[str](), Counter[str](), set[str]()
     for batch in heldout_batches(plan, assembler, packs=packs, micro_batch_packs=1):
@@ -147,12 +145,14 @@ def _heldout_loss(
 
 
 def _examples(trained: Trained, count: int) -> list[Example]:
-    made = (held.captioned(*found) for found in held.documents("", trained.recipe.data.heldout, count))
+    made = (
+        held.captioned(*found) for found in held.documents("", trained.recipe.data.heldout, count)
+    )
     found = [example for example in made if example is not None and held.has_facts(example)]
     if len(found) < count:
         raise MissingError(
             f"{trained.folder}: data.heldout has {len(found)} captions with facts, {count} are "
-            "needed; write more by `mmtrain data shapes DIR --documents 12000` and name it as --data"
+            "needed; remove the campaign's world, it is made again by the next `run`"
         )
     return found
 

@@ -1,13 +1,14 @@
 """A training step of Transfusion against the open implementation, `transfusion-pytorch`.
 
-    pip install --target DIR --no-deps transfusion-pytorch axial-positional-embedding beartype einx \
-        ema-pytorch frozendict jaxtyping loguru rotary-embedding-torch scipy torch-einops-utils \
-        torchdiffeq wadler-lindig
+    pip install --target DIR --no-deps transfusion-pytorch axial-positional-embedding beartype \
+        einx ema-pytorch frozendict jaxtyping loguru rotary-embedding-torch scipy \
+        torch-einops-utils torchdiffeq wadler-lindig
     python tools/bench_transfusion.py --packages DIR [--rounds N] [--threads N] [--width D ...]
 
 The package is no dependency: its folder comes last on the path, and without it our side is measured
 alone. Both sides take turns in this one process and thread count; a figure is the median over the
-rounds (slowest to fastest), ratios are taken inside each round.
+rounds (slowest to fastest), ratios are taken inside each round; with one thread time is that of the
+processor.
 
 A step is: noise, forward, backward, clipping, fused AdamW, float32. Equal are width, depth, heads,
 width of the MLP, words of the vocabulary, latents of a row, documents of every step. A unit is a
@@ -21,15 +22,15 @@ packing: documents sorted by length, n backward passes of equal documents, one s
 """
 
 import argparse
-import contextlib
 import itertools
 import logging
 import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ class Sizes:
 
 def recipe_for(sizes: Sizes, data: Path, tokenizer: Path, pack: int, packs: int) -> Recipe:
     """The shapes recipe of these sizes on one source, a step of `packs` packs in one pass."""
-    source = "{path: %s, rule: document, max_images: 3, max_tokens: 512}" % data
+    source = f"{{path: {data}, rule: document, max_images: 3, max_tokens: 512}}"
     language = {
         "vocabulary": sizes.vocabulary,
         "layers": sizes.layers,
@@ -311,8 +312,8 @@ def _theirs(
 
 
 HEAD = (
-    "documents of a step", "side", "parameters", "units of computed positions", "units/s", "mmtrain over it",
-    "computed positions/s", "mmtrain over it",
+    "documents of a step", "side", "parameters", "units of computed positions", "units/s",
+    "mmtrain over it", "computed positions/s", "mmtrain over it",
 )  # fmt: skip
 
 
@@ -356,7 +357,9 @@ def main() -> int:
     logging.getLogger("mmtrain").setLevel(logging.WARNING)
     sizes = Sizes(asked.width, asked.layers, asked.heads)
     dims = dims_for(1, tensor=1, pipeline=1, zero_stage=1, sequence=False)
-    pace = Pace(asked.rounds, asked.seconds)
+    # of one thread the processor's time is not disturbed by other work on the machine
+    clock = time.process_time if asked.threads == 1 else time.perf_counter
+    pace = Pace(asked.rounds, asked.seconds, clock)
     with (
         tempfile.TemporaryDirectory() as folder,
         open_mesh(dims, timeout_seconds=600.0) as mesh,
