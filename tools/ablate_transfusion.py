@@ -8,7 +8,7 @@ configs/transfusion/ablation.yaml` with overrides, for every seed; then its figu
 (`ablation_measures`) are written beside the run. A run that has its figures is not done again, one
 that was stopped is. All runs see the same documents in the same order, equally many an optimizer
 step and equally many steps: an image counts once whatever its patch. (The paper fixes trunk rows
-instead, so its larger patches saw more images.) Overrides after `--` hold for every run.
+instead, so its larger patches saw more images.) `--overrides` hold for every run.
 """
 
 import argparse
@@ -156,12 +156,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     own = commands.add_parser("run", help="train and measure what is not done yet")
     own.add_argument("out", help="folder of the campaign")
-    own.add_argument("overrides", nargs="*", help="of every run, behind --")
     own.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     own.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="KEY")
     own.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    own.add_argument("--documents", type=int, default=256, help="held-out captions measured")
-    own.add_argument("--pictures", type=int, default=64, help="drawn for each run")
+    own.add_argument("--documents", type=int, default=192, help="held-out captions measured")
+    own.add_argument("--pictures", type=int, default=48, help="drawn for each run")
+    own.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of every run")
     own.set_defaults(command=run)
     one = commands.add_parser("measure", help="the figures of one run")
     one.add_argument("run", type=Path)
