@@ -36,7 +36,7 @@ COUNTS = {
     "emu/14b_decoder": 968_146_884,
     "transfusion/tiny": 68_976,
     "transfusion/shapes": 2_860_464,
-    "transfusion/shapes_vae": 233_484,
+    "transfusion/shapes_vae": 732_140,
     "transfusion/vae": 88_579_244,
     "transfusion/0.16b": 163_267_616,
     "transfusion/0.37b": 375_255_072,
