@@ -20,7 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mmtrain import decoder_faults, faults, interpolations
-from mmtrain.errors import MmtrainError, Problem, RecipeError
+from mmtrain.errors import Problem, RecipeError
 from mmtrain.interpolations import checked, one_line, resolved
 from mmtrain.models.families import FAMILIES, spec_of
 from mmtrain.models.spec import ModelSpec
@@ -99,8 +99,8 @@ def examine(
         return Examined(None, tuple(found))
     try:
         recipe = replace(recipe, model=spec.settled(recipe.model))
-    except MmtrainError as error:
-        found.append(Problem("model", str(error)))
+    except RecipeError as error:
+        found += error.problems
     late = faults.problems(recipe, spec, world_size)
     found += [p for p in late if not _mentions(p, reader.doubtful)]
     missing = [p for p in _missing(recipe, spec) if not _mentions(p, reader.doubtful)]

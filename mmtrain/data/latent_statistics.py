@@ -146,9 +146,9 @@ def read(folder: Path) -> LatentStatistics | None:
     path = folder / MANIFEST
     try:
         return parsed(json.loads(path.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ContentError(f"{path}: holds no statistics of latents ({error!r})") from error
 
 

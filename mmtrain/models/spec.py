@@ -120,7 +120,7 @@ class ModelSpec:
             that the section names, or that shall be made in `folder`; None for a model that takes
             none. `prepare` finds them where pixels would be.
         settled: config -> the same with what the files it names decide written into it, so that
-            the run's own recipe says it.
+            the run's own recipe says it; raises RecipeError for one that is damaged.
         sampler: (config, layers by name, sequence format) -> what writes with trained layers.
         missing: config -> files that the section names and that are not there.
     """

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmtrain.data import latent_statistics
 from mmtrain.data.latent_statistics import MANIFEST
 from mmtrain.data.tokens import SPECIAL_TOKENS, SequenceFormat
-from mmtrain.errors import Problem
+from mmtrain.errors import ContentError, Problem, RecipeError
 from mmtrain.layout.plan import Cut, TensorPlan
 from mmtrain.models.spec import BatchShape, ModelSpec, StoredLatents
 from mmtrain.models.transfusion.config import (
@@ -271,12 +271,16 @@ def settled(config: TransfusionConfig) -> TransfusionConfig:
     """With the statistics that are recorded with the stored latents, unless the recipe has some.
 
     Raises:
-        ContentError: what is recorded is damaged.
+        RecipeError: what is recorded is damaged.
     """
     image = config.image
     if image.latents is None or image.latent_mean or image.latent_std:
         return config
-    found = latent_statistics.read(File(image.latents))
+    try:
+        found = latent_statistics.read(File(image.latents))
+    except ContentError as error:
+        text = f"{error}; make the folder anew with tools/encode_latents.py"
+        raise RecipeError([Problem("model.image.latents", text)]) from error
     if found is None:
         return config
     return replace(config, image=replace(image, latent_mean=found.mean, latent_std=found.std))

@@ -11,7 +11,7 @@ from small_transfusion import small
 
 from mmtrain.data.latent_statistics import MANIFEST, Sums
 from mmtrain.encoders.vae import Vae, mode
-from mmtrain.errors import ContentError
+from mmtrain.errors import RecipeError
 from mmtrain.models.pictures import Pictures
 from mmtrain.models.transfusion.config import TransfusionConfig
 from mmtrain.models.transfusion.noising import Images, Latents
@@ -78,8 +78,11 @@ def test_the_recipe_takes_what_is_recorded_unless_it_says_so_itself(
     own = replace(named, image=replace(named.image, latent_mean=(0.0,) * 3, latent_std=(1.0,) * 3))
     assert TRANSFUSION.settled(own) is own
     (tmp_path / MANIFEST).write_text('{"statistics": 3}')
-    with pytest.raises(ContentError, match="holds no statistics of latents"):
+    with pytest.raises(RecipeError) as error:
         TRANSFUSION.settled(named)
+    (problem,) = error.value.problems
+    assert problem.place == "model.image.latents"
+    assert "holds no statistics of latents" in problem.text and "encode_latents" in problem.text
 
 
 @pytest.mark.parametrize("vae, mean, std, place, words", [
