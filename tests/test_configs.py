@@ -9,7 +9,7 @@ import pytest
 from mmtrain.facts import collect, plan
 from mmtrain.models.census import count_by_part
 from mmtrain.recipe import examine
-from mmtrain.settings import Decay, Precision, Recipe
+from mmtrain.settings import Decay, Precision, Recipe, TaskKind
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(ROOT.joinpath("configs").rglob("*.yaml"))
@@ -35,7 +35,7 @@ COUNTS = {
     "emu/shapes_decoder": 2_455_020,
     "emu/14b_decoder": 968_146_884,
     "transfusion/tiny": 68_976,
-    "transfusion/shapes": 2_860_464,
+    "transfusion/shapes": 2_886_636,
     "transfusion/shapes_vae": 732_140,
     "transfusion/vae": 88_579_244,
     "transfusion/0.16b": 163_267_616,
@@ -146,6 +146,21 @@ def test_tiny_runs_on_every_layout_of_the_test_suite(tensor: int, pipeline: int)
 @pytest.mark.parametrize("size, ranks", [("shapes", 2), ("long", 1), ("long", 2)])
 def test_the_chain_of_make_emu_runs_on_its_ranks(size: str, name: str, ranks: int) -> None:
     assert examine(ROOT / f"configs/emu/{size}_{name}.yaml", (), ranks).faults == ()
+
+
+def test_make_transfusion_runs_on_its_ranks_and_draws_what_its_judge_can_tell() -> None:
+    path = ROOT / "configs/transfusion/shapes.yaml"
+    makefile = (ROOT / "Makefile").read_text()
+    assert "configs/transfusion/shapes.yaml $(TRANSFUSION_OVERRIDES)" in makefile
+    for ranks in (1, 2):
+        assert examine(path, (), ranks).faults == ()
+    recipe = read("transfusion/shapes")
+    assert makefile.count(f"runs/{recipe.name}") >= 3
+    assert recipe.log.images_every_steps and recipe.train.ema
+    assert {task.kind for task in recipe.evaluate.tasks.values()} == {
+        TaskKind.shapes_captions,
+        TaskKind.draw,
+    }
 
 
 def test_the_plan_of_14b_fits_its_machines() -> None:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 from PIL import Image
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 _PAIRS = 8  # drawn and captioned at a time
 _REACH = 1000  # documents of a source among which pairs are looked for
 _NEW_TOKENS = 32  # of a caption
+
+Pair = tuple[Image.Image, str]  # a picture and its caption
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class PairSketcher:
     folder: Path
 
     def __call__(self, step: int) -> Image.Image | None:
-        """True picture, caption, what is drawn after it, and what is said of the true picture.
+        """`draw_pairs` of the held-out pairs with the weights as they are.
 
         A collective; rank 0 keeps the page as `samples/step-XXXXXXXX.png` and returns it. None
         under tensor or pipeline ranks.
@@ -76,21 +78,12 @@ class PairSketcher:
         tensors = full_tensors(self.held(), self.shapes, self.mesh)
         if self.mesh.rank != 0 or not self._pairs:
             return None
-        trained = self._trained(tensors)
-        texts = [text for _, text in self._pairs]
-        drawn = Artist(trained, None, Style()).draw([[text] for text in texts])
-        shown = [trained.prompt([picture]) for picture, _ in self._pairs]
-        said = trained.write(shown, _NEW_TOKENS)
-        rows: list[list[str | Image.Image]] = [
-            [picture, f"{text} ->", made, f"| said: {words}"]
-            for (picture, text), made, words in zip(self._pairs, drawn, said, strict=True)
-        ]
-        page = draw_rows(rows, width=720)
+        page = draw_pairs(self._trained(tensors), self._pairs)
         folder = self.folder / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step-{step:08d}.png"
         page.save(path)
-        log.info("step %d drew %d pictures: %s", step, len(drawn), path)
+        log.info("step %d drew %d pictures: %s", step, len(self._pairs), path)
         return page
 
     def _trained(self, tensors: Mapping[str, Tensor]) -> Trained:
@@ -101,10 +94,25 @@ class PairSketcher:
         return Trained(self.folder, self.recipe, self.vocabulary, self.layout, sampler)
 
     @cached_property
-    def _pairs(self) -> list[tuple[Image.Image, str]]:
-        share = -(-_PAIRS // max(len(self.sources), 1))
-        found = [pair for source in self.sources for pair in islice(_pairs_of(source), share)]
-        return found[:_PAIRS]
+    def _pairs(self) -> list[Pair]:
+        return find_pairs(self.sources)
+
+
+def find_pairs(sources: Sequence[Source]) -> list[Pair]:
+    """The first pictures with captions, of each source in turn."""
+    rows = zip_longest(*(_pairs_of(source) for source in sources))
+    return list(islice((pair for row in rows for pair in row if pair is not None), _PAIRS))
+
+
+def draw_pairs(trained: Trained, pairs: Sequence[Pair]) -> Image.Image:
+    """Rows of true picture, caption, what is drawn after it, what is said of the true picture."""
+    drawn = Artist(trained, None, Style()).draw([[text] for _, text in pairs])
+    said = trained.write([trained.prompt([picture]) for picture, _ in pairs], _NEW_TOKENS)
+    rows: list[list[str | Image.Image]] = [
+        [picture, f"{text} ->", made, f"| said: {words}"]
+        for (picture, text), made, words in zip(pairs, drawn, said, strict=True)
+    ]
+    return draw_rows(rows, width=720)
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ class _Whole:
         return self.tensors[name].float()
 
 
-def _pairs_of(source: Source) -> Iterator[tuple[Image.Image, str]]:
+def _pairs_of(source: Source) -> Iterator[Pair]:
     """Picture and caption of the documents that have one of each."""
     for number in range(min(len(source.lengths), _REACH)):
         document = source.documents.document(number)

@@ -1,13 +1,20 @@
 """Transfusion gives the same losses on any parallel layout: noise and times belong to samples."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_layouts import KEYS, check_equal
 from world import REPOSITORY, World
 
 from mmtrain.errors import ExitCode
+from mmtrain.feed import open_sources, read_setting
+from mmtrain.generation.sketches import draw_pairs, find_pairs
+from mmtrain.recipe import read
+from mmtrain.trained import load_run
 
 TINY = REPOSITORY / "configs/transfusion/tiny.yaml"
 STEPS = "train.steps=6"
@@ -140,6 +147,7 @@ def test_switches_of_the_family_do_not_depend_on_the_layout(world: World) -> Non
         "model.noise.answer=velocity",
         "model.noise.times=logit_normal",
         "model.image.attention=causal",
+        "model.image.position_std=0.3",
     )
     one = trained(world, "switches-one", 1, *switches)
     ranks, *overrides = LAYOUTS["tp2-pp2-sequence"]
@@ -188,3 +196,35 @@ def test_a_checkpoint_of_other_positions_is_refused(
     start = (f"train.initialize_from=runs/{name}", f"name={name}-next", *argv[3:])
     assert world.run(1, "train", str(TINY), *start) == [ExitCode.CONTENT]
     assert "does not fit the model" in world.last_log
+
+
+DRAWS = ("log.images_every_steps=3", "train.ema=0.9")
+
+
+def test_pictures_drawn_while_training_change_nothing_and_are_those_of_the_running_means(
+    world: World, reference: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = trained(world, "drawn", 1, *DRAWS)
+    for line, wanted in zip(drawn, reference, strict=True):
+        assert all(line[key] == wanted[key] for key in KEYS), line["step"]
+    check_equal(trained(world, "drawn-zero3", 2, *DRAWS, "parallel.zero_stage=3"), reference)
+    monkeypatch.chdir(world.folder)
+    pages = [page_of(Path("runs", name), 6) for name in ("drawn", "drawn-zero3")]
+    assert np.abs(pages[0] - pages[1]).max() <= 2  # sums of two ranks round otherwise
+    assert not np.array_equal(pages[0], page_of(Path("runs/drawn"), 3))  # weights have moved on
+    setting = read_setting(read(Path("runs/drawn/recipe.yaml")))
+    pairs = find_pairs(open_sources(setting, setting.recipe.data.sources))
+    assert len(pairs) == 8
+    again = np.asarray(draw_pairs(load_run(Path("runs/drawn")), pairs), np.int64)
+    np.testing.assert_array_equal(again, pages[0])
+
+
+def test_tensor_ranks_say_that_they_draw_nothing(world: World) -> None:
+    asked = ("parallel.tensor=2", "train.steps=3", "schedule.warmup_steps=1")
+    trained(world, "drawn-tp2", 2, *DRAWS, *asked)
+    assert "step 3 draws no pictures" in (world.folder / "runs/drawn-tp2/log.txt").read_text()
+    assert not (world.folder / "runs/drawn-tp2/samples").exists()
+
+
+def page_of(run: Path, step: int) -> Any:
+    return np.asarray(Image.open(run / f"samples/step-{step:08d}.png"), np.int64)

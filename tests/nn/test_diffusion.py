@@ -25,6 +25,8 @@ KINDS = [
     (Path.cosine, Answer.epsilon),
     (Path.cosine, Answer.velocity),
     (Path.linear, Answer.velocity),
+    (Path.cosine, Answer.clean),
+    (Path.linear, Answer.clean),
 ]
 
 
@@ -66,7 +68,7 @@ def test_mixing_agrees_with_double_precision(path: Path, answer: Answer) -> None
             signal, spoilt = math.sqrt(kept), math.sqrt(1 - kept)
             velocity = signal * e - spoilt * x
         torch.testing.assert_close(noisy[row], signal * x + spoilt * e, rtol=1e-5, atol=1e-6)
-        expected = e if answer is Answer.epsilon else velocity
+        expected = {Answer.epsilon: e, Answer.clean: x, Answer.velocity: velocity}[answer]
         torch.testing.assert_close(wanted[row], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -82,6 +84,21 @@ def test_an_answer_gives_clean_picture_and_noise_back(path: Path, answer: Answer
     noisy, wanted = process.mix(clean, noise, times).chunk(2, 1)
     for found, expected in zip(process.undo(noisy, wanted, times), (clean, noise), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path, answer", [kind for kind in KINDS if Answer.epsilon not in kind])
+def test_weights_count_the_clean_pictures_error_up_to_their_limit(
+    path: Path, answer: Answer
+) -> None:
+    process, times = NoiseProcess.of(path, answer, STEPS), torch.tensor([20, 300, 700, 950])
+    noisy, wanted = process.mix(some(4, 2, 3, 3), some(4, 2, 3, 3, seed=1), times).chunk(2, 1)
+    wrong = wanted + 0.1 * some(4, 2, 3, 3, seed=2)
+    (true, _), (guess, _) = (process.undo(noisy, answer, times) for answer in (wanted, wrong))
+    clean_N = (guess - true).square().mean((1, 2, 3)).double()
+    snr_limited_N = (1 / process.spoilt[times].square()).clamp(max=5)
+    own_N = (wrong - wanted).square().mean((1, 2, 3)) * process.weights(times, 5)
+    torch.testing.assert_close(own_N.double(), snr_limited_N * clean_N, rtol=1e-3, atol=1e-6)
+    assert process.weights(times, 0).tolist() == [1, 1, 1, 1]
 
 
 def test_steps_are_those_of_the_posterior_in_double_precision() -> None:
@@ -106,7 +123,11 @@ def test_steps_are_those_of_the_posterior_in_double_precision() -> None:
 
 @pytest.mark.parametrize("answer", Answer)
 def test_deterministic_steps_are_those_of_diffusers(answer: Answer) -> None:
-    names = {Answer.epsilon: "epsilon", Answer.velocity: "v_prediction"}
+    names = {
+        Answer.epsilon: "epsilon",
+        Answer.velocity: "v_prediction",
+        Answer.clean: "sample",
+    }
     theirs = DDIMScheduler(
         STEPS,
         beta_schedule="squaredcos_cap_v2",

@@ -29,7 +29,7 @@ from mmtrain.models.transfusion.model import TransfusionHead, build_plain, losse
 from mmtrain.models.transfusion.noising import Noising
 from mmtrain.models.transfusion.spec import PLAN, TRANSFUSION, problems
 from mmtrain.models.writing import Prompt
-from mmtrain.nn.diffusion import Answer
+from mmtrain.nn.diffusion import Answer, cosine_kept
 from mmtrain.nn.diffusion import Path as NoisePath
 from mmtrain.nn.init import draw_by_name
 from mmtrain.nn.trunk import QkNorm, TrunkConfig
@@ -230,9 +230,36 @@ def test_what_is_written_behind_a_picture_was_trained_behind_its_clean_copy() ->
     torch.testing.assert_close(logits[same], expected[words], rtol=1e-4, atol=1e-4)
 
 
+def test_images_weigh_what_their_time_and_the_limit_say() -> None:
+    layout = form(small())
+    documents = [document([1, IMAGE], layout), document([IMAGE, 2, IMAGE], layout)]
+    plain = prepared(documents, small(answer=Answer.clean), dummies=1)
+    limited = prepared(documents, small(answer=Answer.clean, snr_limit=20.0), dummies=1)
+    assert plain.targets.weights["image"].tolist() == [1, 1, 1, 0]
+    times = limited.inputs.fields["times"]
+    kept = cosine_kept(1000)[times]
+    wanted = (1 / (1 - kept)).clamp(max=20).float() * plain.targets.weights["image"]
+    torch.testing.assert_close(limited.targets.weights["image"], wanted)
+    assert torch.equal(limited.inputs.hidden, plain.inputs.hidden)
+
+
+def test_a_table_of_places_tells_equal_squares_apart() -> None:
+    image = replace(small().image, position_std=0.5)
+    same, times = torch.ones(1, 3, 8, 8), torch.tensor([500])
+    plain, placed = edge_in(small().image, 32), edge_in(image, 32)
+    rows = plain(same, times)[0][0]
+    torch.testing.assert_close(rows, rows[:1].expand_as(rows))
+    torch.nn.init.normal_(placed.get_parameter("position"))
+    placed.load_state_dict(plain.state_dict(), strict=False)
+    found = placed(same, times)[0][0]
+    torch.testing.assert_close(found, rows + placed.get_parameter("position"))
+
+
 def switched(edge: Edge) -> TransfusionConfig:
     config = shared(small(edge))
-    return replace(config, language=replace(config.language, qk_norm=QkNorm.layer))
+    placed = config.image if edge is Edge.unet else replace(config.image, position_std=0.5)
+    language = replace(config.language, qk_norm=QkNorm.layer)
+    return replace(config, language=language, image=placed)
 
 
 @pytest.mark.parametrize("edge", Edge)
@@ -277,7 +304,11 @@ def test_costs_are_the_operations_that_run(edge: Edge, context: Context) -> None
         ("model.image.unet_channels", {"image": {"edge": Edge.unet, "unet_channels": (4, -4, 4)}}),
         ("model.image.latents", {"image": {"latents": "somewhere"}}),
         ("model.image.norm_groups", {"image": {"edge": Edge.unet, "norm_groups": 5}}),
+        ("model.image.position_std", {"image": {"position_std": 0.0}}),
+        ("model.image.position_std", {"image": {"edge": Edge.unet, "position_std": 0.2}}),
         ("model.noise.answer", {"noise": {"path": NoisePath.linear, "answer": Answer.epsilon}}),
+        ("model.noise.snr_limit", {"noise": {"answer": Answer.epsilon, "snr_limit": 20.0}}),
+        ("model.noise.snr_limit", {"noise": {"answer": Answer.clean, "snr_limit": 0.5}}),
         ("model.noise.limit", {"noise": {"limit": 2000}}),
         ("model.noise.drop", {"noise": {"drop": 1.0}}),
         ("model.noise.all_noised", {"noise": {"all_noised": 0.0}}),
