@@ -48,6 +48,25 @@ def captioned(source: str, document: Document) -> Example | None:
     )
 
 
+def edited(source: str, document: Document) -> Example | None:
+    """A picture, what is asked of it and the edited picture; None for any other document.
+
+    The edited picture is the last of `pictures`.
+    """
+    form = tuple(part.modality for part in document.parts)
+    if form != (Modality.image, Modality.text, Modality.image):
+        return None
+    first, words, second = document.parts
+    return Example(
+        key=f"{source}/{document.sample_id}",
+        image=f"{source}/{document.sample_id}",
+        pictures=(*first.media, *second.media),
+        question=words.text,
+        group=f"{source}/{document.meta.get('category', '')}",
+        facts=document.meta,
+    )
+
+
 def has_facts(example: Example) -> bool:
     """Whether the truth of a caption can be computed."""
     return {"category", "objects"} <= set(example.facts)
