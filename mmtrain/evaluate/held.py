@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mmtrain.data.document import CHAT, Document, Modality, Part
+from mmtrain.data.document import CHAT, Document, Modality, Part, is_edit
 from mmtrain.data.shards import open_shards
 from mmtrain.errors import ContentError
 from mmtrain.evaluate.examples import Example
@@ -53,8 +53,7 @@ def edited(source: str, document: Document) -> Example | None:
 
     The edited picture is the last of `pictures`.
     """
-    form = tuple(part.modality for part in document.parts)
-    if form != (Modality.image, Modality.text, Modality.image):
+    if not is_edit(document):
         return None
     first, words, second = document.parts
     return Example(
