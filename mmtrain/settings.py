@@ -189,6 +189,7 @@ class TaskKind(Enum):
     chat = "chat"  # answers of held-out conversations, to the letter
     rank = "rank"  # candidate answers by their likelihood
     draw = "draw"  # pictures of captions, judged by their pixels (world of shapes)
+    edit = "edit"  # edited pictures, judged likewise
 
 
 class ShotChoice(Enum):

@@ -1,12 +1,17 @@
 """Prompts as people type them."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from PIL import Image
 
 from mmtrain.errors import RecipeError
 from mmtrain.generation.prompts import open_media, parse, parse_chat, read_prompts, released_frames
+from mmtrain.generation.sample import _heldout_prompts
+from mmtrain.settings import SourceConfig
+from mmtrain.trained import Trained
 
 
 def square(path: Path, colour: str) -> Path:
@@ -95,3 +100,17 @@ def test_a_question_stands_in_the_template_of_instruction_tuning(tmp_path: Path)
     assert request.plain == "[image] What colour? [USER]"
     with pytest.raises(RecipeError, match=r"--chat: .*none\.png"):
         parse_chat([f"[{tmp_path}/none.png] a"], "auto")
+
+
+def test_held_out_edits_are_asked_for_as_edits_and_captions_as_before(shapes: Path) -> None:
+    heldout = {
+        name: SourceConfig(path=str(shapes / "heldout" / name)) for name in ("edits", "captions")
+    }
+    trained = SimpleNamespace(recipe=SimpleNamespace(data=SimpleNamespace(heldout=heldout)))
+    requests = _heldout_prompts(cast(Trained, trained), count=2)
+    edits, others = requests[:2], requests[2:]
+    for request in edits:
+        picture, words = request.pieces
+        assert isinstance(picture, Image.Image) and isinstance(words, str)
+        assert request.wants_image and words.split()[0] in ("make", "remove", "add", "move")
+    assert [request.wants_image for request in others] == [False, False, True, True]

@@ -136,6 +136,12 @@ class DocumentLengths:
     parts: tuple[PartLength, ...]
 
 
+def is_edit(document: Document) -> bool:
+    """Whether a document is a picture, words and another picture."""
+    form = tuple(part.modality for part in document.parts)
+    return form == (Modality.image, Modality.text, Modality.image)
+
+
 def text_fault(text: str) -> str | None:
     """Why no model should read a text, or None."""
     if "\0" in text:

@@ -1,6 +1,6 @@
 """Demo data: a world of coloured shapes with captions whose truth can be computed.
 
-`write_shapes` draws six kinds of documents as separate sources, held-out splits of each (plus
+`write_shapes` draws seven kinds of documents as separate sources, held-out splits of each (plus
 `novel`: colours and shapes that training never pairs), and a tokenizer trained on the grammar:
 
     OUT/captions   pictures with one sentence (six categories)
@@ -9,7 +9,8 @@
     OUT/boards     frames and subtitles on one time line
     OUT/text       sentences alone
     OUT/chat       questions and answers about a picture, or without one
-    OUT/heldout/{captions,pages,clips,boards,text,novel,chat}
+    OUT/edits      a picture, an instruction and the edited picture
+    OUT/heldout/{captions,pages,clips,boards,text,novel,chat,edits}
     OUT/tokenizer  a Hugging Face folder
 
 Every document is a pure function of (seed, split, kind, number). Cost: 1.3 ms a document.
@@ -28,6 +29,7 @@ from mmtrain.data.folders import temporary_folder
 from mmtrain.data.images import encode_png
 from mmtrain.data.rules import Draw
 from mmtrain.data.shapes_chat import converse, judge_answer
+from mmtrain.data.shapes_edits import EDITS, edit
 from mmtrain.data.shapes_text import Category, article, caption, judge, remark, scene
 from mmtrain.data.shapes_tokenizer import write_tokenizer
 from mmtrain.data.shapes_world import (
@@ -52,6 +54,7 @@ __all__ = ["SHARES", "Category", "ShapesReport", "judge", "judge_answer", "write
 # share of the documents of each training source
 SHARES = {"captions": 0.6, "pages": 0.12, "clips": 0.1, "boards": 0.06, "text": 0.12}
 CHAT_SHARE = 0.25  # conversations for each of those documents, on top of them
+EDIT_SHARE = 0.25  # edits, likewise
 HELDOUT_SHARE = 8  # a held-out source has one document for so many of training
 CLIP_FRAMES = 8
 FEWEST = 24  # documents; below, a source would be empty
@@ -73,8 +76,8 @@ def write_shapes(out: Path, documents: int, seed: int) -> ShapesReport:
 
     Args:
         out: folder to make; must not exist.
-        documents: training documents over all kinds but conversations, at least 24; those and
-            held-out ones come on top.
+        documents: training documents over all kinds but conversations and edits, at least 24;
+            those and held-out ones come on top.
         seed: of everything random.
 
     Raises:
@@ -111,15 +114,13 @@ def _counts(documents: int) -> dict[str, int]:
     counts = {kind: max(int(documents * share), 1) for kind, share in SHARES.items()}
     counts["captions"] += documents - sum(counts.values())
     held = {f"heldout/{kind}": max(n // HELDOUT_SHARE, 6) for kind, n in counts.items()}
-    chats = max(int(documents * CHAT_SHARE), 6)
-    # conversations last: what came before them keeps its bytes
-    return {
-        **counts,
-        **held,
-        "heldout/novel": held["heldout/captions"],
-        "chat": chats,
-        "heldout/chat": max(chats // HELDOUT_SHARE, 6),
-    }
+    later = {"chat": CHAT_SHARE, "edits": EDIT_SHARE}
+    counts = {**counts, **held, "heldout/novel": held["heldout/captions"]}
+    # each behind those before it, which so keep their bytes
+    for kind, share in later.items():
+        own = max(int(documents * share), 6)
+        counts |= {kind: own, f"heldout/{kind}": max(own // HELDOUT_SHARE, 6)}
+    return counts
 
 
 def _documents(
@@ -220,6 +221,19 @@ def _conversation(draw: Draw, name: str, number: int) -> Document:
     return chat_document(name, turns, Template(), dialogue.facts)
 
 
+def _edited(draw: Draw, name: str, number: int) -> Document:
+    kind, colour = EDITS[number % len(EDITS)], ground(draw)
+    asked = edit(draw, kind, kinds())
+    scenes = [asked.before, asked.after]
+    first, second = (_image(paint(objects, colour)) for objects in scenes)
+    return Document(
+        sample_id=name,
+        kind="edit",
+        parts=(first, _text(asked.instruction), second),
+        meta={"category": kind, "scenes": scenes, "instruction": asked.instruction},
+    )
+
+
 _MAKERS: dict[str, Callable[[Draw, str, int], Document]] = {
     "captions": _caption,
     "novel": _novel,
@@ -228,6 +242,7 @@ _MAKERS: dict[str, Callable[[Draw, str, int], Document]] = {
     "boards": _board,
     "text": _sentences,
     "chat": _conversation,
+    "edits": _edited,
 }
 
 

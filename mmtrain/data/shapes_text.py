@@ -175,7 +175,7 @@ def _holds(form: str, said: Mapping[str, str | None], facts: Facts) -> bool:
     if first is None or second is None or first is second or len(objects) != 2:
         return False
     if form == "position":
-        return _lies(first, second, said["relation"] or "")
+        return lies(first, second, said["relation"] or "")
     return facts["category"] != Category.binding.value or None not in (said["size1"], said["size2"])
 
 
@@ -188,7 +188,8 @@ def _find(objects: Sequence[Facts], said: Mapping[str, str | None], place: int) 
     return None
 
 
-def _lies(first: Facts, second: Facts, said: str) -> bool:
+def lies(first: Facts, second: Facts, said: str) -> bool:
+    """Whether `first` lies so to `second`: clearly, by `MARGIN`."""
     dx, dy = second["x"] - first["x"], second["y"] - first["y"]
     distance = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[said]
     return bool(distance >= MARGIN)

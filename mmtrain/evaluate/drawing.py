@@ -35,13 +35,7 @@ def draw(name: str, config: TaskConfig, subject: Subject) -> Iterator[Result]:
     Raises:
         MissingError: there is no decoder, or no caption with facts.
     """
-    if not subject.artist.draws:
-        raise MissingError(
-            f"{name}: there is no visual decoder to draw with; name a decoder run as --decoder RUN"
-        )
-    style = Style(
-        scheduler=config.scheduler, steps=config.steps, guidance=config.guidance, seed=config.seed
-    )
+    drawer = drawer_of(name, config, subject)
     count = config.documents or held.DOCUMENTS
     documents = held.documents(config.path, subject.heldout, count)
     made = [held.captioned(source, document) for source, document in documents]
@@ -51,7 +45,23 @@ def draw(name: str, config: TaskConfig, subject: Subject) -> Iterator[Result]:
             f"{name}: no document keeps facts to judge pictures by (`mmtrain data shapes` writes "
             "such documents): add one to data.heldout, or name one as path:"
         )
-    yield judge_drawings(name, examples, replace(subject.artist, style=style).draw)
+    yield judge_drawings(name, examples, drawer)
+
+
+def drawer_of(name: str, config: TaskConfig, subject: Subject) -> Draw:
+    """What draws for a task, as its recipe says.
+
+    Raises:
+        MissingError: there is no decoder, and the run draws nothing by itself.
+    """
+    if not subject.artist.draws:
+        raise MissingError(
+            f"{name}: there is no visual decoder to draw with; name a decoder run as --decoder RUN"
+        )
+    style = Style(
+        scheduler=config.scheduler, steps=config.steps, guidance=config.guidance, seed=config.seed
+    )
+    return replace(subject.artist, style=style).draw
 
 
 def _is_drawable(example: Example) -> bool:

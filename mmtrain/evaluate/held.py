@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mmtrain.data.document import CHAT, Document, Modality, Part
+from mmtrain.data.document import CHAT, Document, Modality, Part, is_edit
 from mmtrain.data.shards import open_shards
 from mmtrain.errors import ContentError
 from mmtrain.evaluate.examples import Example
@@ -45,6 +45,24 @@ def captioned(source: str, document: Document) -> Example | None:
         answers=(texts[0].text,),
         group=f"{source}/{meta.get('category', '')}",
         facts=meta,
+    )
+
+
+def edited(source: str, document: Document) -> Example | None:
+    """A picture, what is asked of it and the edited picture; None for any other document.
+
+    The edited picture is the last of `pictures`.
+    """
+    if not is_edit(document):
+        return None
+    first, words, second = document.parts
+    return Example(
+        key=f"{source}/{document.sample_id}",
+        image=f"{source}/{document.sample_id}",
+        pictures=(*first.media, *second.media),
+        question=words.text,
+        group=f"{source}/{document.meta.get('category', '')}",
+        facts=document.meta,
     )
 
 

@@ -31,6 +31,7 @@ from mmtrain.evaluate.asking import (
 )
 from mmtrain.evaluate.cider import cider
 from mmtrain.evaluate.drawing import draw
+from mmtrain.evaluate.editing import edit
 from mmtrain.evaluate.examples import Example, ExampleSet, Row
 from mmtrain.evaluate.opening import open_pictures
 from mmtrain.evaluate.ranking import rank
@@ -197,6 +198,7 @@ KINDS: dict[TaskKind, Task] = {
     TaskKind.chat: chat,
     TaskKind.rank: rank,
     TaskKind.draw: draw,
+    TaskKind.edit: edit,
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from mmtrain.data.document import CHAT, Document, Modality
+from mmtrain.data.document import CHAT, Document, Modality, is_edit
 from mmtrain.data.images import open_picture
 from mmtrain.data.picture import draw_rows
 from mmtrain.errors import ExitCode, MissingError
@@ -190,11 +190,15 @@ class _Sheet:
 
 
 def _heldout_prompts(trained: Trained, count: int = 6) -> list[Request]:
-    """Held-out questions to be answered, pictures to be described, texts to be drawn."""
+    """Held-out questions to be answered, pictures to be edited or described, texts to be drawn."""
     found = [document for _, document in illustrated(trained.recipe.data.heldout, count)]
     talks = [document for document in found if document.kind == CHAT][:count]
-    described = [document for document in found if document.kind != CHAT][:count]
+    edits = [document for document in found if is_edit(document)][:count]
+    described = [d for d in found if d.kind != CHAT and not is_edit(d)][:count]
     requests = [asked_before(document.parts) for document in talks]
+    for document in edits:
+        first, asked, _ = document.parts
+        requests.append(Request([open_picture(first.media[0]), asked.text], wants_image=True))
     for document in described:
         picture = next(p for p in document.parts if p.modality is not Modality.text)
         requests.append(Request([open_picture(picture.media[0]), *_beginning(document)]))

@@ -47,7 +47,7 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process(tmp_path: Path) -
     write_shapes(tmp_path / "c", documents=40, seed=4)
     one, other = digest(tmp_path / "a"), digest(tmp_path / "c")
     differing = {name.split("/")[0] for name in one if one[name] != other.get(name)}
-    assert differing == {"captions", "pages", "clips", "boards", "text", "heldout", "chat"}
+    assert differing == {*SHARES, "heldout", "chat", "edits"}
     assert sum(report.documents[kind] for kind in SHARES) == 40
 
 
@@ -77,7 +77,7 @@ def test_categories_are_all_there_and_even(world: Path) -> None:
 
 def test_training_never_shows_or_names_a_novel_pair(world: Path) -> None:
     named = [f"{colour} {shape}" for colour, shape in NOVEL]
-    for kind in (*SHARES, "chat"):
+    for kind in (*SHARES, "chat", "edits"):
         for document in documents(world / kind):
             text = " ".join(part.text for part in document.parts)
             assert not any(name in text for name in named)
@@ -96,9 +96,9 @@ def test_no_held_out_picture_was_seen_in_training(world: Path) -> None:
     def blobs(folder: str) -> set[bytes]:
         return {b for d in documents(world / folder) for part in d.parts for b in part.media}
 
-    seen = set().union(*(blobs(kind) for kind in (*SHARES, "chat")))
+    seen = set().union(*(blobs(kind) for kind in (*SHARES, "chat", "edits")))
     assert len(seen) > 50
-    for kind in (*SHARES, "novel", "chat"):
+    for kind in (*SHARES, "novel", "chat", "edits"):
         assert not seen & blobs(f"heldout/{kind}")
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from mmtrain.data.document import Part
+from mmtrain.data.shapes_edits import EDITS
 from mmtrain.data.shapes_text import Category
 from mmtrain.data.shards import open_shards
 from mmtrain.errors import ContentError, MissingError
@@ -17,6 +18,7 @@ from mmtrain.evaluate import held
 from mmtrain.evaluate.asking import Asked, Subject
 from mmtrain.evaluate.dialogs import Choice, read_dialogs
 from mmtrain.evaluate.drawing import judge_drawings
+from mmtrain.evaluate.editing import judge_edits
 from mmtrain.evaluate.examples import Example, Row
 from mmtrain.evaluate.opening import open_pictures
 from mmtrain.evaluate.ranking import prompt_of, score
@@ -68,6 +70,46 @@ def test_drawing_needs_a_decoder(
 ) -> None:
     with pytest.raises(MissingError, match="--decoder RUN"):
         list(run_task("paint", TaskConfig(kind=TaskKind.draw), subject_of(trained)))
+
+
+# --- edit ----------------------------------------------------------------------------------
+
+
+def test_true_edits_are_all_right_and_pictures_left_as_they_were_wrong(shapes: Path) -> None:
+    heldout = {"edits": SourceConfig(path=str(shapes / "heldout/edits"))}
+    made = [held.edited(name, d) for name, d in held.documents("", heldout, 99)]
+    edits = [example for example in made if example is not None]
+    assert len(edits) == len(made) >= len(EDITS)
+    true = {edit.question: open_pictures(edit.pictures)[1] for edit in edits}
+    prompts: list[Row] = []
+
+    def draw(asked: Sequence[Row]) -> list[Image.Image]:
+        prompts.extend(asked)
+        return [true[str(words)] for _, words in asked]
+
+    right = judge_edits("edits", edits, draw)
+    assert [words for _, words in prompts] == [edit.question for edit in edits]
+    assert right.metrics == dict.fromkeys(("accuracy", "asked", "kept", *EDITS), 1.0)
+    assert {group.names[1] for group in right.groups} == set(EDITS)
+    assert right.notes["judged wrong on the true edited pictures"] == "0.00%"
+    assert right.grid is not None and right.grid.height > 56 * len(edits)
+    lazy = judge_edits("edits", edits, lambda asked: [open_image(row[0]) for row in asked])
+    assert lazy.metrics["accuracy"] == 0 and lazy.metrics["kept"] > 0.3
+
+
+def open_image(piece: object) -> Image.Image:
+    assert isinstance(piece, Image.Image)
+    return piece
+
+
+def test_edits_need_what_draws_and_documents_that_are_edits(
+    trained: Trained, subject_of: Callable[[Trained], Subject]
+) -> None:
+    subject = subject_of(trained)
+    with pytest.raises(MissingError, match="--decoder RUN"):
+        list(run_task("change", TaskConfig(kind=TaskKind.edit), subject))
+    captions = held.documents("", subject.heldout, 6)
+    assert [held.edited(name, document) for name, document in captions] == [None] * 12
 
 
 # --- rank ----------------------------------------------------------------------------------

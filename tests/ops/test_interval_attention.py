@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from mmtrain.nn.masks import Intervals
+from mmtrain.ops import attention
 from mmtrain.ops.attention import (
     TILE_ROWS,
     IntervalPlan,
@@ -260,3 +261,48 @@ def test_flex_blocks_are_those_of_the_dense_mask(packed: Tensor, spread: int, en
                 assert j // TILE_ROWS in partial | full
             if j // TILE_ROWS in full:
                 assert block.all()
+
+
+def fourteen_pairs() -> tuple[Tensor, Tensor]:
+    """4,096 rows: 14 captions of 30 tokens, each with a picture of 256 rows, then padding."""
+    document = torch.arange(4096) // 288
+    place = torch.arange(4096) % 288
+    spans = torch.where((place >= 31) & (place < 287) & (document < 14), document, -1)
+    intervals = Intervals.image_bidirectional(document, spans)
+    return intervals.lo_T, intervals.hi_T
+
+
+def test_fourteen_pairs_take_a_quarter_of_the_blocks_of_a_dense_mask_at_most() -> None:
+    lo, hi = fourteen_pairs()
+    mask = _block_mask(lo, hi, len(lo))
+    kept = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
+    causal = _block_mask(torch.zeros_like(lo), torch.arange(1, 4097), 4096)
+    triangle = int(causal.kv_num_blocks.sum() + causal.full_kv_num_blocks.sum())
+    assert kept * 4 <= triangle < 32 * 32
+    pairs = int((hi - lo).sum())
+    tiles = plan_intervals(lo, hi, len(lo)).groups
+    walked = sum((t.stop - t.start) * (t.last - t.first) for g in tiles for t in g.tiles)
+    assert pairs <= walked < 4096 * 4096 / 4, "tiles walk little more than what is seen"
+
+
+def test_other_masks_of_the_same_size_compile_nothing_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The guards are dynamo's, whatever compiles behind it; here nothing does."""
+    torch._dynamo.reset()
+    graphs: list[object] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(inputs)
+        return graph.forward
+
+    compiled = torch.compile(flex_attention, dynamic=False, backend=counting)
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: compiled)
+    q, k, v = torch.randn(3, 256, HEADS, 16)
+    seen = []
+    for lengths in ([256], [100, 156], [1, 200, 55], [128, 128]):
+        packed = Intervals.causal_packed(segments(lengths))
+        plan = IntervalPlan((), _block_mask(packed.lo_T, packed.hi_T, 256))
+        interval_attention(q, k, v, plan, 0.3)
+        seen.append(len(graphs))
+    assert seen[0] >= 1 and seen[-1] == seen[1], seen
