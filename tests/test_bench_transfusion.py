@@ -1,6 +1,7 @@
 """The race against the open implementation: same documents on both sides, right arithmetic."""
 
 import importlib
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from mmtrain import feed
 from mmtrain.data.batch import Batch, BatchInfo, Targets
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.nn.flow import Flow
@@ -101,6 +103,34 @@ def test_the_table_compares_round_by_round_and_by_computed_position(tools: Path)
     ]
 
 
+def test_both_cases_are_counted_alike_and_equal_documents_fill_their_packs(
+    tools: Path, tmp_path: Path
+) -> None:
+    bench = importlib.import_module("bench_transfusion")
+    sizes = bench.Sizes(32, 1, 2)
+    found = []
+    for case in bench.cases(sizes, tmp_path, 40, 1):
+        setting = feed.read_setting(case.recipe)
+        (batch,) = bench.loader_of(setting, workers=0).step(0)
+        samples = bench.samples_of(batch, setting.layout, bench.PATCH)
+        assert bench.counted(batch, setting.layout) == bench.units_of(samples)
+        assert len(samples) == len(batch.info.sample_ids)
+        found.append((samples, batch.info.slots))
+    (ragged, _), (equal, positions) = found
+    images = [sum(part.dim() == 2 for part in sample) for sample in ragged]
+    assert set(images) <= {0, 1, 2, 3} and len(set(images)) > 1
+    lengths = {len(part) for sample in ragged for part in sample if part.dim() == 1}
+    assert min(lengths) >= 5 and max(lengths) <= 60
+    # all positions but four marks of every document
+    assert {bench.units_of([sample]) for sample in equal} == {84}
+    assert positions == 88 * len(equal)
+    setting = feed.read_setting(case.recipe)
+    deeper = bench.as_large(setting, 150_000)
+    assert deeper.recipe.model.language.layers > 1 == setting.recipe.model.language.layers
+    assert sum(math.prod(shape) for shape in deeper.shapes.values()) >= 150_000
+
+
+@pytest.mark.slow
 def test_without_the_package_our_side_is_measured_alone(repository: Path, tmp_path: Path) -> None:
     few = ["--steps", "1", "--rounds", "1", "--seconds", "0", "--documents", "40", "--packs", "1"]
     done = subprocess.run(
