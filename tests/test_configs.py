@@ -36,6 +36,7 @@ COUNTS = {
     "emu/14b_decoder": 968_146_884,
     "transfusion/tiny": 68_976,
     "transfusion/shapes": 2_860_464,
+    "transfusion/ablation": 528_972,
     "transfusion/0.16b": 163_267_616,
     "transfusion/0.37b": 375_255_072,
     "transfusion/0.76b": 780_724_256,
