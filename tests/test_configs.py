@@ -39,6 +39,7 @@ COUNTS = {
     "transfusion/shapes_vae": 732_140,
     "transfusion/vae": 88_579_244,
     "transfusion/shapes_edit": 2_886_636,
+    "transfusion/ablation": 528_972,
     "transfusion/0.16b": 163_267_616,
     "transfusion/0.37b": 375_255_072,
     "transfusion/0.76b": 780_724_256,

@@ -107,6 +107,7 @@ def _heldout_loss(
     recipe = recipes.read(
         run / "recipe.yaml",
         [
+            "seed=0",  # of the noise, for every run
             f"data.heldout.captions.image_first={image_first}",
             f"data.window_documents={documents}",
             f"model.noise.limit={limit}",

@@ -15,14 +15,15 @@ width of the MLP, words of the vocabulary, latents of a row, documents of every 
 word or a row of latents; what a side puts around them (begin and end tokens, its padding) counts
 as computed positions but not as a unit. Not equal, because each side is as it comes: they predict
 the flow and condition every layer on the time (adaptive norms, more parameters), mix all layers'
-outputs and join lower with upper layers; we answer velocity and add the time once.
+outputs and join lower with upper layers; we answer velocity and add the time once. So ours also
+races with layers enough to have as many parameters as theirs.
 
 Theirs pads the documents of a step to the longest; `in n parts` is the best one can do without
 packing: documents sorted by length, n backward passes of equal documents, one step.
 """
 
 import argparse
-import itertools
+import contextlib
 import logging
 import math
 import os
@@ -30,15 +31,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from bench_cpu import Pace, Side, circumstances, loader_of, race, ratios, spread, table
+from open_transfusion import (
+    CLIP,
+    PATCH,
+    SIZE,
+    Sizes,
+    Theirs,
+    counted,
+    in_parts,
+    samples_of,
+    units_of,
+)
 from torch import Tensor
 
 from mmtrain import feed, log, recipe, run
@@ -53,17 +64,15 @@ from mmtrain.data.shards import build_index, write_shards
 from mmtrain.data.vocabulary import Vocabulary, load_vocabulary
 from mmtrain.layout.dims import dims_for
 from mmtrain.models.spec import Use
-from mmtrain.nn.patches import patchify
 from mmtrain.parallel.mesh import Mesh, open_mesh
 from mmtrain.settings import Recipe
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs/transfusion/shapes.yaml"
-PATCH, SIZE = 4, 32  # 64 rows of 48 numbers an image
 SHORTEST, LONGEST = 5, 60  # words of a text
 IMAGES = (0, 0, 1, 1, 1, 1, 1, 2, 2, 3)  # of a document, one in ten each
 PACK = 1024
+_FILLER = "a"  # one token
 PARTS = 4
-CLIP = 1.0
 progress = logging.getLogger("mmtrain.bench_transfusion")
 
 
@@ -71,7 +80,7 @@ progress = logging.getLogger("mmtrain.bench_transfusion")
 
 
 def words(draw: Draw, vocabulary: Vocabulary, count: int) -> str:
-    """Sentences of the demo's grammar, at least `count` tokens; whole words only."""
+    """Sentences of the demo's grammar, cut between words and filled up to `count` tokens."""
     text = remark(draw, kinds())
     while len(vocabulary.encode(text)) < count:
         text = f"{text} . {remark(draw, kinds())}"
@@ -80,6 +89,8 @@ def words(draw: Draw, vocabulary: Vocabulary, count: int) -> str:
         if len(vocabulary.encode(" ".join([*kept, word]))) > count:
             break
         kept.append(word)
+    while len(vocabulary.encode(" ".join(kept))) < count:
+        kept.append(_FILLER)
     return " ".join(kept)
 
 
@@ -109,22 +120,9 @@ def write_documents(folder: Path, vocabulary: Vocabulary, count: int, *, equal: 
     build_index(folder, vocabulary)
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What both models have in common."""
-
-    width: int
-    layers: int
-    heads: int
-    vocabulary: int = 256
-
-    @property
-    def mlp(self) -> int:
-        """Inner width of the gated MLP, as theirs computes it."""
-        return int(self.width * 4 * 2 / 3)
-
-
-def recipe_for(sizes: Sizes, data: Path, tokenizer: Path, pack: int, packs: int) -> Recipe:
+def recipe_for(
+    sizes: Sizes, data: Path, tokenizer: Path, *, pack: int, packs: int, packing: str
+) -> Recipe:
     """The shapes recipe of these sizes on one source, a step of `packs` packs in one pass."""
     source = f"{{path: {data}, rule: document, max_images: 3, max_tokens: 512}}"
     language = {
@@ -143,6 +141,7 @@ def recipe_for(sizes: Sizes, data: Path, tokenizer: Path, pack: int, packs: int)
         f"data.sources={{captions: {source}}}",
         "data.heldout={}",
         f"data.pack_tokens={pack}",
+        f"data.packing={packing}",
         f"data.pack_images={pack // ((SIZE // PATCH) ** 2 + 2)}",
         f"train.global_batch_packs={packs}",
         f"train.micro_batch_packs={packs}",
@@ -153,93 +152,7 @@ def recipe_for(sizes: Sizes, data: Path, tokenizer: Path, pack: int, packs: int)
     return recipe.load(RECIPE, overrides, world_size=1)
 
 
-# --- the same documents for both -----------------------------------------------------------
-
-
-def samples_of(batch: Batch, setting: feed.Setting) -> list[list[Tensor]]:
-    """Documents of a packed batch as theirs wants them: words `[n]` and latents `[rows, values]`.
-
-    What only marks a document or an image is left out: theirs puts its own marks.
-    """
-    layout, fields = setting.layout, batch.inputs.fields
-    marks = torch.tensor([layout.bos, layout.eos, layout.image_begin, layout.image_end])
-    latents = iter(patchify(batch.inputs.hidden, setting.recipe.model.image.patch))
-    real = fields["tokens"] != layout.pad
-    starts = torch.nonzero(fields["positions"][real] == 0).flatten()[1:]
-    out = []
-    for ids in torch.tensor_split(fields["tokens"][real], starts.tolist()):
-        kept = ids[~torch.isin(ids, marks)]
-        parts: list[Tensor] = []
-        for is_image, run_of in itertools.groupby(kept.tolist(), layout.image_slot.__eq__):
-            found = list(run_of)
-            if is_image:
-                count = len(found) // layout.visual_tokens
-                parts += itertools.islice(latents, count)
-            else:
-                parts.append(torch.tensor(found))
-        out.append(parts)
-    return out
-
-
-def units_of(samples: Sequence[Sequence[Tensor]]) -> int:
-    """Words and rows of latents."""
-    return sum(len(part) for sample in samples for part in sample)
-
-
-def counted(batch: Batch, setting: feed.Setting) -> int:
-    """The same, counted in our fields: what is neither padding nor a mark."""
-    layout = setting.layout
-    marks = [layout.bos, layout.eos, layout.pad, layout.image_begin, layout.image_end]
-    return int((~torch.isin(batch.inputs.fields["tokens"], torch.tensor(marks))).sum())
-
-
 # --- sides ---------------------------------------------------------------------------------
-
-
-class Theirs:
-    """`transfusion-pytorch` with an optimizer; `computed` counts positions of its trunk."""
-
-    def __init__(self, sizes: Sizes) -> None:
-        """Build it; ImportError where the package is not installed."""
-        from transfusion_pytorch import Transfusion
-
-        rows, values = (SIZE // PATCH) ** 2, 3 * PATCH**2
-        self.model: Any = Transfusion(
-            num_text_tokens=sizes.vocabulary,
-            dim_latent=values,
-            modality_default_shape=(rows,),
-            transformer={
-                "dim": sizes.width,
-                "depth": sizes.layers,
-                "heads": sizes.heads,
-                "dim_head": sizes.width // sizes.heads,
-            },
-        )
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, fused=True)
-        self.computed = 0
-        self.model.transformer.register_forward_pre_hook(self._count)
-
-    def _count(self, module: object, inputs: tuple[Tensor, ...]) -> None:
-        self.computed += inputs[0].shape[0] * inputs[0].shape[1]
-
-    def step(self, parts: Sequence[list[list[Tensor]]]) -> float:
-        """One optimizer step over the passes of `parts`; returns the mean loss."""
-        total = 0.0
-        for samples in parts:
-            loss = self.model(samples) / len(parts)
-            loss.backward()
-            total += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return total
-
-
-def in_parts(samples: Sequence[list[Tensor]], parts: int) -> list[list[list[Tensor]]]:
-    """Samples sorted by length, in `parts` passes of as many samples each (one more or less)."""
-    ordered = sorted(samples, key=lambda sample: units_of([sample]))
-    edges = [round(len(ordered) * place / parts) for place in range(parts + 1)]
-    return [ordered[a:b] for a, b in itertools.pairwise(edges) if a < b]
 
 
 @dataclass(frozen=True)
@@ -250,70 +163,106 @@ class Case:
     recipe: Recipe
 
 
+@dataclass(frozen=True)
+class Entrant:
+    """A side of the race: what it has, and what its trunk computes in all steps of a lap."""
+
+    side: Side
+    parameters: int
+    computed: int
+
+
+def ours(
+    name: str, setting: feed.Setting, mesh: Mesh, batches: Sequence[Batch], units: list[int]
+) -> Entrant:
+    """Our engine over micro-batches of the loader."""
+    engine = run.build_engine(setting, mesh)
+    prepare = setting.spec.prepare(setting.recipe.model, setting.layout, mesh.device, Use.training)
+
+    def step(number: int) -> object:
+        return engine.train_step([prepare(batches[number])], 1.0)
+
+    computed = sum(batch.info.slots for batch in batches)
+    return Entrant(Side(name, step, units), _numbers(setting), computed)
+
+
+def theirs(
+    sizes: Sizes, samples: Sequence[list[list[Tensor]]], units: list[int], parts: int
+) -> Entrant:
+    """Their model over the same documents; ImportError where it is not installed."""
+    model = Theirs(sizes)
+    steps = [in_parts(step, parts) for step in samples]
+    for step in steps:  # their router times its ways of assembling a batch once
+        assert math.isfinite(model.step(step)), "their loss is not finite"
+    model.computed = 0
+    for step in steps:
+        model.step(step)
+    numbers = sum(p.numel() for p in model.model.parameters())
+    name = "transfusion-pytorch" + (f", in {parts} parts" if parts > 1 else "")
+    side = Side(name, lambda number: model.step(steps[number]), units)
+    return Entrant(side, numbers, model.computed)
+
+
 def compare(case: Case, sizes: Sizes, mesh: Mesh, steps: int, pace: Pace) -> list[list[str]]:
     """Rows of the table: a side each."""
     setting = feed.read_setting(case.recipe)
-    engine = run.build_engine(setting, mesh)
     loader = loader_of(setting, workers=0)
     batches = [loader.step(number)[0] for number in range(steps)]
-    prepare = setting.spec.prepare(case.recipe.model, setting.layout, mesh.device, Use.training)
-    units = [counted(batch, setting) for batch in batches]
-    samples = [samples_of(batch, setting) for batch in batches]
+    units = [counted(batch, setting.layout) for batch in batches]
+    samples = [samples_of(batch, setting.layout, PATCH) for batch in batches]
     assert units == [units_of(step) for step in samples], "the sides see different documents"
-    parameters = sum(math.prod(shape) for shape in setting.shapes.values())
-    computed = sum(batch.info.slots for batch in batches)
-    sides = [Side("mmtrain", lambda n: engine.train_step([prepare(batches[n])], 1.0), units)]
-    facts = [(parameters, computed)]
-    for parts in (1, PARTS):
-        theirs = _theirs(sizes, [in_parts(step, parts) for step in samples], units, parts)
-        if theirs is not None:
-            sides.append(theirs[0])
-            facts.append(theirs[1])
-    rates = race(sides, pace)
-    mean = f"{sum(map(len, samples)) / steps:.1f} documents, {sum(units) / steps:,.0f} units"
-    rows = []
-    for side, own, (count, positions) in zip(sides, rates, facts, strict=True):
-        scale = positions / sum(units)
-        each = [rate * scale for rate in own]
-        ours = [rate * facts[0][1] / sum(units) for rate in rates[0]]
-        first = side.name == "mmtrain"
-        rows.append(
-            [
-                f"{case.told}: {mean}",
-                side.name,
-                f"{count / 1e6:.2f}M",
-                f"{1 / scale:.2f}",
-                spread(own),
-                "" if first else f"**{ratios(rates[0], own)}**",
-                spread(each),
-                "" if first else ratios(ours, each),
-            ]
-        )
-    return rows
+    entrants = [ours("mmtrain", setting, mesh, batches, units)]
+    with contextlib.suppress(ImportError):
+        others = [theirs(sizes, samples, units, parts) for parts in (1, PARTS)]
+        large = as_large(setting, others[0].parameters)
+        name = f"mmtrain, {large.recipe.model.language.layers} layers"
+        entrants += [ours(name, large, mesh, batches, units), *others]
+    rates = race([entrant.side for entrant in entrants], pace)
+    told = f"{sum(map(len, samples)) / steps:.1f} documents, {sum(units) / steps:,.0f} units"
+    return rows(f"{case.told}: {told}", entrants, rates)
 
 
-def _theirs(
-    sizes: Sizes, steps: list[list[list[list[Tensor]]]], units: list[int], parts: int
-) -> tuple[Side, tuple[int, int]] | None:
-    """Their side, its parameters and computed positions; None where it is not installed."""
-    try:
-        theirs = Theirs(sizes)
-    except ImportError:
-        return None
-    for _ in range(2):  # their router times its ways of assembling a batch once
-        for step in steps:
-            assert math.isfinite(theirs.step(step))
-    theirs.computed = 0
-    for step in steps:
-        theirs.step(step)
-    numbers = sum(p.numel() for p in theirs.model.parameters())
-    name = "transfusion-pytorch" + (f", in {parts} parts" if parts > 1 else "")
-    return Side(name, lambda n: theirs.step(steps[n]), units), (numbers, theirs.computed)
+def as_large(setting: feed.Setting, parameters: int) -> feed.Setting:
+    """The same model with layers enough to have at least as many parameters."""
+    read = setting.recipe
+    while _numbers(setting) < parameters:
+        language = setting.recipe.model.language
+        deeper = replace(read.model, language=replace(language, layers=language.layers + 1))
+        setting = feed.read_setting(replace(read, model=deeper))
+    return setting
+
+
+def _numbers(setting: feed.Setting) -> int:
+    return sum(math.prod(shape) for shape in setting.shapes.values())
+
+
+def rows(
+    told: str, entrants: Sequence[Entrant], rates: Sequence[Sequence[float]]
+) -> list[list[str]]:
+    """A row an entrant; of theirs also what ours, of equal sizes and as large, do in its place.
+
+    Args:
+        told: of the documents.
+        entrants: ours, and where theirs is installed ours as large, then theirs.
+        rates: units a second of each, a number a round.
+    """
+    scales = [entrant.computed / sum(entrant.side.units) for entrant in entrants]
+    computed = [[rate * scale for rate in own] for own, scale in zip(rates, scales, strict=True)]
+    out = []
+    for place, entrant in enumerate(entrants):
+        over = ["", "", "", ""]
+        if place > 1:
+            over = [ratios(each[k], each[place]) for each in (rates, computed) for k in (0, 1)]
+        row = [told, entrant.side.name, f"{entrant.parameters / 1e6:.2f}M"]
+        row += [f"{1 / scales[place]:.2f}", spread(rates[place]), *over[:2]]
+        out.append([*row, spread(computed[place]), *over[2:]])
+    return out
 
 
 HEAD = (
     "documents of a step", "side", "parameters", "units of computed positions", "units/s",
-    "mmtrain over it", "computed positions/s", "mmtrain over it",
+    "mmtrain over it", "as large over it", "computed positions/s", "mmtrain over it",
+    "as large over it",
 )  # fmt: skip
 
 
@@ -323,15 +272,27 @@ def cases(sizes: Sizes, folder: Path, documents: int, packs: int) -> Iterator[Ca
     vocabulary = load_vocabulary(world.tokenizer)
     write_documents(folder / "ragged", vocabulary, documents)
     told = f"0 to 3 images, texts of {SHORTEST} to {LONGEST} tokens"
-    yield Case(told, recipe_for(sizes, folder / "ragged", world.tokenizer, PACK, packs))
+    yield Case(
+        told,
+        recipe_for(
+            sizes, folder / "ragged", world.tokenizer, pack=PACK, packs=packs, packing="first_fit"
+        ),
+    )
     # marks of a document with an image: <s> [IMG] [/IMG] </s>
     equal = 20
     length = equal + (SIZE // PATCH) ** 2 + 4
     write_documents(folder / "equal", vocabulary, documents, equal=equal)
-    pack = length * (PACK // length)
+    together = PACK // length
     yield Case(
         f"one image and a text, all {length} tokens",
-        recipe_for(sizes, folder / "equal", world.tokenizer, pack, packs),
+        recipe_for(
+            sizes,
+            folder / "equal",
+            world.tokenizer,
+            pack=length * together,
+            packs=packs,
+            packing="next_fit",  # first_fit keeps some slack
+        ),
     )
 
 
@@ -366,10 +327,10 @@ def main() -> int:
     ):
         log.quiet_engines()
         print(circumstances(load_before), flush=True)
-        rows = []
+        found = []
         for case in cases(sizes, Path(folder), asked.documents, asked.packs):
-            rows += compare(case, sizes, mesh, asked.steps, pace)
-    print(table(HEAD, rows), flush=True)
+            found += compare(case, sizes, mesh, asked.steps, pace)
+    print(table(HEAD, found), flush=True)
     return 0
 
 
