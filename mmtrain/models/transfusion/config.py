@@ -26,7 +26,7 @@ class Positions(Enum):
     """Rotary positions of the rows of an image."""
 
     raster = "raster"  # one after another, as text
-    shared = "shared"  # one for the whole image; rows and columns are told by learned tables
+    shared = "shared"  # one for the whole image, whose lines and columns are told by learned tables
 
 
 class Context(Enum):
@@ -48,8 +48,9 @@ class ImageConfig:
     factor: int = 8  # pixels that a latent stands for, each way; 1 = pixels are diffused
     patch: int = 2  # k: k x k latents are one row
     edge: Edge = Edge.linear
-    # of a learned table of places, added to the rows of a linear edge; null = none, as published.
-    # Little models do not learn from distances along the raster which squares lie side by side
+    # of learned tables of lines and columns, added to the rows of an image; null = none, as
+    # published, where `positions` are those of a raster, and 0.02 where they are shared. Little
+    # models do not learn from distances along the raster which squares lie side by side
     position_std: float | None = None
     attention: ImageAttention = ImageAttention.image
     positions: Positions = Positions.raster
@@ -73,6 +74,13 @@ class ImageConfig:
     def side(self) -> int:
         """Trunk rows of an image, each way."""
         return self.size // self.patch
+
+    @property
+    def tables_std(self) -> float | None:
+        """Of the tables of lines and columns; None where there are none."""
+        if self.position_std is None and self.positions is Positions.shared:
+            return 0.02
+        return self.position_std
 
     @property
     def values(self) -> int:

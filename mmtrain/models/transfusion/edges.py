@@ -43,7 +43,7 @@ class TimeMlp(nn.Module):
 
 
 class LinearIn(nn.Module):
-    """A square of latents times a matrix, plus the embedded time and, if asked for, its place."""
+    """A square of latents times a matrix, plus the embedded time."""
 
     def __init__(self, config: ImageConfig, width: int) -> None:
         """Allocate for trunk rows of `width`."""
@@ -51,16 +51,11 @@ class LinearIn(nn.Module):
         self.patch = config.patch
         self.project = nn.Linear(config.values, width)
         self.time = TimeMlp(_WAVES, width)
-        self.position: nn.Parameter | None = None
-        if config.position_std is not None:
-            self.position = nn.Parameter(torch.empty(config.rows, width))
 
     def forward(self, noisy: Tensor, times_N: Tensor) -> tuple[Tensor, Tensor]:
         """Latents `[N, C, h, w]` to rows `[N, n, D]`, and nothing beside them."""
         rows = self.project(patchify(noisy.to(self.project.weight.dtype), self.patch))
         rows = rows + self.time(times_N)[:, None]
-        if self.position is not None:
-            rows = rows + self.position
         return rows, rows.new_zeros(len(rows), 0)
 
 

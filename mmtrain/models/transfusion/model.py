@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtrain.models.spec import Layer
-from mmtrain.models.transfusion.config import ImageConfig, Positions, TransfusionConfig
+from mmtrain.models.transfusion.config import ImageConfig, TransfusionConfig
 from mmtrain.models.transfusion.edges import (
     as_rows,
     beside_numbers,
@@ -56,8 +56,8 @@ class ImageIn(nn.Module):
         image, self.width = config.image, config.language.width
         self.copies = config.copies
         self.edge = edge_in(image, self.width)
-        shared = image.positions is Positions.shared
-        self.grid: nn.Module = Grid(image.side, self.width) if shared else nn.Identity()
+        told = image.tables_std is not None
+        self.grid: nn.Module = Grid(image.side, self.width) if told else nn.Identity()
 
     def forward(self, flow: Flow) -> Flow:
         """`hidden [N, 2C, h, w]`, noisy and wanted, to `hidden [N n, D]` and `carried [N r, D]`.

@@ -21,7 +21,6 @@ from mmtrain.models.transfusion.config import (
     Edge,
     ImageAttention,
     ImageConfig,
-    Positions,
     TransfusionConfig,
 )
 from mmtrain.models.transfusion.edges import beside_numbers, edge_in, edge_out
@@ -57,7 +56,6 @@ def initial(config: TransfusionConfig) -> InitialRules:
             ("head.edge.project.{weight,bias}", constant(0.0)),
             ("image.edge.{project,time.up,time.out}.weight", normal(0.02)),
             ("image.edge.{project,time.up,time.out}.bias", constant(0.0)),
-            *_positions(image),
         ]
     else:
         with torch.device("meta"):
@@ -67,8 +65,8 @@ def initial(config: TransfusionConfig) -> InitialRules:
             *torch_defaults(down, "image.edge"),
             *torch_defaults(up, "head.edge"),
         ]
-    shared = image.positions is Positions.shared
-    grid: InitialRules = [("image.grid.{lines,columns}", normal(0.02))] if shared else []
+    std = image.tables_std
+    grid: InitialRules = [] if std is None else [("image.grid.{lines,columns}", normal(std))]
     return [*trunk_rules(), *edges, *grid]
 
 
@@ -82,12 +80,6 @@ def flops(config: TransfusionConfig, shape: BatchShape) -> list[float]:
         *[block_flops(language, LoraConfig(), shape.tokens)] * language.layers,
         2.0 * shape.tokens * language.width * language.vocabulary + shape.images * leave,
     ]
-
-
-def _positions(image: ImageConfig) -> InitialRules:
-    if image.position_std is None:
-        return []
-    return [("image.edge.position", normal(image.position_std))]
 
 
 @lru_cache(maxsize=8)
@@ -156,12 +148,6 @@ def _image_problems(image: ImageConfig) -> Iterator[Problem]:
         )
     if image.edge is not Edge.unet:
         return
-    if image.position_std is not None:
-        yield Problem(
-            "model.image.position_std",
-            f"found {image.position_std} with model.image.edge = unet; set null: convolutions tell "
-            "places by themselves",
-        )
     if image.patch & (image.patch - 1) or len(image.unet_channels) != image.levels:
         yield Problem(
             "model.image.unet_channels",

@@ -25,7 +25,7 @@ from mmtrain.models.transfusion.config import (
 )
 from mmtrain.models.transfusion.edges import edge_in, edge_out
 from mmtrain.models.transfusion.generate import TransfusionSampler
-from mmtrain.models.transfusion.model import TransfusionHead, build_plain, losses
+from mmtrain.models.transfusion.model import ImageIn, TransfusionHead, build_plain, losses
 from mmtrain.models.transfusion.noising import Noising
 from mmtrain.models.transfusion.spec import PLAN, TRANSFUSION, problems
 from mmtrain.models.writing import Prompt
@@ -243,16 +243,18 @@ def test_images_weigh_what_their_time_and_the_limit_say() -> None:
     assert torch.equal(limited.inputs.hidden, plain.inputs.hidden)
 
 
-def test_a_table_of_places_tells_equal_squares_apart() -> None:
-    image = replace(small().image, position_std=0.5)
+def test_tables_of_lines_and_columns_tell_equal_squares_apart() -> None:
+    placed = replace(small(), image=replace(small().image, position_std=0.5))
     same, times = torch.ones(1, 3, 8, 8), torch.tensor([500])
-    plain, placed = edge_in(small().image, 32), edge_in(image, 32)
-    rows = plain(same, times)[0][0]
+    without, told = ImageIn(small()), ImageIn(placed)
+    torch.nn.init.normal_(told.get_parameter("grid.lines"))
+    torch.nn.init.normal_(told.get_parameter("grid.columns"))
+    told.load_state_dict(without.state_dict(), strict=False)
+    rows = without.rows(same, times)[0][0]
     torch.testing.assert_close(rows, rows[:1].expand_as(rows))
-    torch.nn.init.normal_(placed.get_parameter("position"))
-    placed.load_state_dict(plain.state_dict(), strict=False)
-    found = placed(same, times)[0][0]
-    torch.testing.assert_close(found, rows + placed.get_parameter("position"))
+    places = (told.rows(same, times)[0][0] - rows).unflatten(0, (placed.image.side,) * 2)
+    assert places.flatten(0, 1).unique(dim=0).shape[0] == placed.image.rows
+    torch.testing.assert_close(places[0, 0] + places[1, 1], places[0, 1] + places[1, 0])
 
 
 def switched(edge: Edge) -> TransfusionConfig:
@@ -305,7 +307,6 @@ def test_costs_are_the_operations_that_run(edge: Edge, context: Context) -> None
         ("model.image.latents", {"image": {"latents": "somewhere"}}),
         ("model.image.norm_groups", {"image": {"edge": Edge.unet, "norm_groups": 5}}),
         ("model.image.position_std", {"image": {"position_std": 0.0}}),
-        ("model.image.position_std", {"image": {"edge": Edge.unet, "position_std": 0.2}}),
         ("model.noise.answer", {"noise": {"path": NoisePath.linear, "answer": Answer.epsilon}}),
         ("model.noise.snr_limit", {"noise": {"answer": Answer.epsilon, "snr_limit": 20.0}}),
         ("model.noise.snr_limit", {"noise": {"answer": Answer.clean, "snr_limit": 0.5}}),
