@@ -36,8 +36,8 @@ def rows_without_cache(sampler: EmuSampler, prompt: Prompt, more: Tensor) -> Ten
     """Trunk rows of a prompt and further embedded rows, all computed again."""
     rows = torch.cat([sampler.pack([prompt]).rows_TD, more])
     length = len(rows)
-    zeros = torch.zeros(length, dtype=torch.int64)
-    return sampler.hidden(Packed(rows, torch.arange(length), zeros, (length,)))
+    row, zeros = torch.arange(length), torch.zeros(length, dtype=torch.int64)
+    return sampler.hidden(Packed(rows, row, row, zeros, (length,)))
 
 
 @torch.inference_mode()
