@@ -14,7 +14,7 @@ from mmtrain.encoders.vae import Vae, mode
 from mmtrain.errors import RecipeError
 from mmtrain.models.pictures import Pictures
 from mmtrain.models.transfusion.config import TransfusionConfig
-from mmtrain.models.transfusion.noising import Images, Latents
+from mmtrain.models.transfusion.latents import Latents
 from mmtrain.models.transfusion.spec import TRANSFUSION
 
 CPU = torch.device("cpu")
@@ -49,16 +49,15 @@ def test_latents_have_mean_0_and_deviation_1_and_come_back(plain: TransfusionCon
         told.decode(told.likeliest(pixels)), raw.decode(raw.likeliest(pixels)), rtol=1e-4, atol=1e-5
     )
     numbers = torch.arange(64)
-    images = Images(numbers, numbers >= 0, numbers, numbers < 0, 4)
-    drawn, other = told.of(pixels, images), raw.of(pixels, images)
+    drawn, other = told.of(pixels, numbers), raw.of(pixels, numbers)
     torch.testing.assert_close(drawn.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=0.05)
     torch.testing.assert_close(drawn.std((0, 2, 3)), torch.ones(3), rtol=0, atol=0.05)
     mean, std = (torch.tensor(told).view(3, 1, 1) for told in (found.mean, found.std))
     torch.testing.assert_close(drawn * std + mean, other, rtol=1e-4, atol=1e-4)
     # stored moments are those of the VAE itself, and are normalised alike
     stored = Latents(replace(plain, image=replace(image, latents="folder")), CPU)
-    assert torch.equal(stored.of(moments, images), drawn)
-    assert Pictures(numbers, images.real_N, numbers).an_image_each(numbers).tolist() == [*range(64)]
+    assert torch.equal(stored.of(moments, numbers), drawn)
+    assert Pictures(numbers, numbers >= 0, numbers).an_image_each(numbers).tolist() == [*range(64)]
 
 
 def test_the_recipe_takes_what_is_recorded_unless_it_says_so_itself(
