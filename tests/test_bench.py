@@ -56,7 +56,7 @@ def test_the_reader_is_measured_against_pillow_and_what_is_installed(
     assert done.returncode == 0, done.stderr[-2000:]
     assert "python tools/bench_data.py --documents 6" in done.stdout
     rows = [line.split(" | ")[1] for line in done.stdout.splitlines() if line.startswith("| 64 px")]
-    assert rows[:3] == ["mmtrain", "Pillow, resized", "Pillow, decoded"]
+    assert rows[:4] == ["mmtrain", "mmtrain, exact", "Pillow, resized", "Pillow, decoded"]
     assert not list(tmp_path.iterdir())
 
 

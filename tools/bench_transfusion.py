@@ -67,7 +67,7 @@ from mmtrain.models.spec import Use
 from mmtrain.parallel.mesh import Mesh, open_mesh
 from mmtrain.settings import Recipe
 
-RECIPE = Path(__file__).resolve().parents[1] / "configs/transfusion/shapes.yaml"
+RECIPE = Path(__file__).resolve().parents[1] / "configs/transfusion/tiny.yaml"
 SHORTEST, LONGEST = 5, 60  # words of a text
 IMAGES = (0, 0, 1, 1, 1, 1, 1, 2, 2, 3)  # of a document, one in ten each
 PACK = 1024
@@ -123,7 +123,7 @@ def write_documents(folder: Path, vocabulary: Vocabulary, count: int, *, equal: 
 def recipe_for(
     sizes: Sizes, data: Path, tokenizer: Path, *, pack: int, packs: int, packing: str
 ) -> Recipe:
-    """The shapes recipe of these sizes on one source, a step of `packs` packs in one pass."""
+    """The tiny recipe at these sizes on one source, a step of `packs` packs in one pass."""
     source = f"{{path: {data}, rule: document, max_images: 3, max_tokens: 512}}"
     language = {
         "vocabulary": sizes.vocabulary,
@@ -132,22 +132,25 @@ def recipe_for(
         "heads": sizes.heads,
         "mlp_width": sizes.mlp,
         "context": 512,
+        "qk_norm": "rms",
     }
     overrides = [
         *(f"model.language.{key}={value}" for key, value in language.items()),
         f"model.image.size={SIZE}",
         f"model.image.patch={PATCH}",
         f"data.tokenizer={tokenizer}",
-        f"data.sources={{captions: {source}}}",
-        "data.heldout={}",
+        f"data.sources={{captions: {source}, pages: null, text: null}}",
+        "model.noise.answer=velocity",
         f"data.pack_tokens={pack}",
         f"data.packing={packing}",
         f"data.pack_images={pack // ((SIZE // PATCH) ** 2 + 2)}",
         f"train.global_batch_packs={packs}",
         f"train.micro_batch_packs={packs}",
         f"optimizer.clip_norm={CLIP}",
-        "train.ema=0",
-        "validate.every_steps=0",
+        "train.steps=700",
+        "schedule.warmup_steps=50",
+        "optimizer.learning_rate=2e-3",
+        "optimizer.weight_decay=0.05",
     ]
     return recipe.load(RECIPE, overrides, world_size=1)
 
