@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mmtrain.data.chat import SYSTEM
 from mmtrain.errors import Problem
+from mmtrain.models.families import spec_of
 from mmtrain.schema import join, suggestion
 from mmtrain.settings import ExamplesConfig, Recipe, Scheduler, TaskConfig, TaskKind
 
@@ -35,6 +36,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         if not _NAME.fullmatch(name):
             yield Problem(place, "names become file names: use letters, digits, - and _")
         yield from _numbers(place, task)
+        yield from _scheduler(place, task, recipe)
         yield from _examples(place, task, recipe)
         yield from _shots(place, task)
 
@@ -62,15 +64,19 @@ def _numbers(place: str, task: TaskConfig) -> Iterator[Problem]:
             yield Problem(f"{place}.{key}", f"found {value}; allowed: {least} or more")
     if task.guidance is not None and not task.guidance >= 0:
         yield Problem(f"{place}.guidance", f"found {task.guidance}; allowed: 0 or more")
-    schedulers = [scheduler.name for scheduler in Scheduler]
-    if task.scheduler is not None and task.scheduler not in schedulers:
-        near = suggestion(task.scheduler, schedulers)
-        yield Problem(
-            f"{place}.scheduler",
-            f"found {task.scheduler!r}; wanted: one of {', '.join(schedulers)}{near}",
-        )
     if task.kind is TaskKind.vqa and task.prompt is not None and "{question}" not in task.prompt:
         yield Problem(f"{place}.prompt", "{question} is not in it; say where the question stands")
+
+
+def _scheduler(place: str, task: TaskConfig, recipe: Recipe) -> Iterator[Problem]:
+    own = spec_of(recipe.family, recipe.phase).schedulers
+    known = own or tuple(scheduler.value for scheduler in Scheduler)
+    if task.scheduler is not None and task.scheduler not in known:
+        yield Problem(
+            f"{place}.scheduler",
+            f"found {task.scheduler!r}; wanted: one of {', '.join(known)}"
+            f"{suggestion(task.scheduler, known)}",
+        )
 
 
 def _examples(place: str, task: TaskConfig, recipe: Recipe) -> Iterator[Problem]:

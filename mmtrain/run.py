@@ -312,7 +312,7 @@ def _decoder_parts(
 
 def _sketcher(setting: Setting, mesh: Mesh, engine: Engine, ema: Ema | None) -> PairSketcher | None:
     """Pictures drawn while training, by families that draw them; None for the others."""
-    if not (setting.spec.draws and setting.recipe.log.images_every_steps):
+    if not (setting.spec.schedulers and setting.recipe.log.images_every_steps):
         return None
     data = setting.recipe.data
     return PairSketcher(

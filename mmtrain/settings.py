@@ -234,7 +234,7 @@ class TaskConfig(ExamplesConfig):
     choice: ShotChoice = ShotChoice.similar
     form: ShotForm = ShotForm.pictures
     candidates: int = 10  # captions that are ranked, where the set has no candidates of its own
-    scheduler: str | None = None  # of drawing: pndm, ddim or dpm; null = the decoder's
+    scheduler: str | None = None  # of drawing; null = the decoder's, or the model's own
     steps: int | None = None  # of drawing; null = the decoder's
     guidance: float | None = None  # of drawing; null = the decoder's
     seed: int = 0  # of random shots and of drawing

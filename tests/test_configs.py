@@ -193,3 +193,21 @@ def test_the_recipe_in_the_readme_is_sound(tmp_path: Path) -> None:
         "data.sources.mmc4_window.path",
         "data.sources.mmc4_images.path",
     }
+
+
+@pytest.mark.parametrize("recipe, own, foreign", [
+    ("transfusion/shapes", "ddpm", "pndm"),
+    ("emu/shapes_pretrain", "pndm", "ddpm"),
+])  # fmt: skip
+def test_pictures_of_an_evaluation_are_drawn_by_a_way_that_the_family_knows(
+    recipe: str, own: str, foreign: str
+) -> None:
+    path = ROOT / f"configs/{recipe}.yaml"
+
+    def faults(scheduler: str) -> list[str]:
+        seen = examine(path, [f"evaluate.tasks.x={{kind: draw, path: p, scheduler: {scheduler}}}"])
+        return [fault.text for fault in seen.faults if fault.place == "evaluate.tasks.x.scheduler"]
+
+    assert faults(own) == []
+    (told,) = faults(foreign)
+    assert f"found '{foreign}'" in told and own in told

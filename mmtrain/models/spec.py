@@ -123,6 +123,7 @@ class ModelSpec:
             the run's own recipe says it; raises RecipeError for one that is damaged.
         sampler: (config, layers by name, sequence format) -> what writes with trained layers.
         missing: config -> files that the section names and that are not there.
+        schedulers: ways to draw pictures that the model draws itself; none = a decoder draws them.
     """
 
     name: str
@@ -149,11 +150,7 @@ class ModelSpec:
         _writes_nothing
     )
     missing: Callable[[Any], Iterable[Problem]] = _nothing_missing
-
-    @property
-    def draws(self) -> bool:
-        """Whether what writes draws pictures itself, which then are drawn while training too."""
-        return bool(getattr(self.sampler, "draws", False))
+    schedulers: tuple[str, ...] = ()
 
     def is_trained(self, config: Any, freeze: Iterable[str], name: str) -> bool:
         """Whether a run trains a parameter: the phase does, and no pattern of `freeze` covers it.

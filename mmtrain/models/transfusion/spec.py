@@ -27,7 +27,7 @@ from mmtrain.models.transfusion.edges import beside_numbers, edge_in, edge_out
 from mmtrain.models.transfusion.generate import TransfusionSampler
 from mmtrain.models.transfusion.model import layers
 from mmtrain.models.transfusion.noising import FIELDS, IMAGE, TEXT, Noising
-from mmtrain.nn.diffusion import Answer, Path
+from mmtrain.nn.diffusion import Answer, Path, Solver
 from mmtrain.nn.init import InitialRules, constant, normal, torch_defaults
 from mmtrain.nn.lora import LoraConfig
 from mmtrain.nn.products import flops_of
@@ -309,4 +309,5 @@ TRANSFUSION = ModelSpec(
     sampler=TransfusionSampler,
     settled=settled,
     missing=missing,
+    schedulers=tuple(solver.value for solver in Solver),
 )
