@@ -85,6 +85,7 @@ def main() -> None:
             child = os.fork()
             if child == 0:
                 become_rank(rank, request, port)
+            codes.pop(child, None)  # ids come again
             children.append(child)
         answers.write(json.dumps(children) + "\n")
 
