@@ -84,7 +84,7 @@ emu-evaluate: emu-decoder emu-instruct
 	@echo "pictures     runs/$(EMU_SIZE)_decoder/samples/images.png, runs/$(EMU_SIZE)_instruct/samples/text.png"
 	@echo "curves       .venv/bin/tensorboard --host localhost --logdir runs"
 
-transfusion: transfusion-train ## Transfusion on coloured shapes: train, judge captions and pictures, draw
+transfusion: transfusion-train ## Transfusion on coloured shapes: train, judge captions and pictures, draw (13 minutes on 2 cores)
 	@mmtrain evaluate runs/transfusion_shapes
 	@mmtrain sample runs/transfusion_shapes --prompt "a red circle [IMG]" --prompt "two blue squares [IMG]" \
 		--prompt "a green cross and a yellow triangle [IMG]" --samples 4

@@ -86,9 +86,7 @@ class Noising:
         return replace(
             batch,
             inputs=Flow(hidden, {name: fields[name] for name in FIELDS}),
-            targets=_an_image_each(
-                batch.targets, self._process.weights(times_N, self.noise.snr_limit) * ~clean_N
-            ),
+            targets=_an_image_each(batch.targets, self._shares(times_N, clean_N)),
             # moments are looked at by the first three channels of their mean
             pixels=pixels[:, :3].clamp(-1, 1),
         )
@@ -98,6 +96,11 @@ class Noising:
         noise = normals(mix(images.seeds_N ^ _NOISE), clean[0].numel()).view_as(clean)
         hidden = self._process.mix(clean, noise.to(clean.device), times_N)
         return hidden if images.copies == 1 else torch.cat([hidden, clean], 1)
+
+    def _shares(self, times_N: Tensor, clean_N: Tensor) -> Tensor:
+        """What the weight of each image is multiplied by: 0 where there is nothing to answer."""
+        weights_N = self._process.weights(times_N.clamp(min=1), self.noise.snr_limit)
+        return torch.where(clean_N, 0.0, weights_N)
 
     def _times(self, images: ImageRows, clean_N: Tensor) -> Tensor:
         """A time of each image, 0 for clean ones."""

@@ -16,6 +16,7 @@ from mmtrain.models.spec import Use
 from mmtrain.models.transfusion.config import Context, Positions
 from mmtrain.models.transfusion.noising import Noising
 from mmtrain.models.transfusion.rows import ImageRows
+from mmtrain.nn.diffusion import Answer
 from mmtrain.nn.masks import Intervals
 from mmtrain.ops.intervals import KeyIntervals
 
@@ -199,6 +200,10 @@ def test_a_prefix_of_images_is_clean_and_not_learnt() -> None:
     assert bool(alone.any()) and not bool((alone & clean.flatten()).any())
     limited = times[:, 0][times[:, 0] > 0]
     assert int(limited.max()) <= 500 < int(times[:, 1].max())
+    noise = replace(config.noise, answer=Answer.clean, snr_limit=20.0)
+    weighed = Noising(replace(config, noise=noise), layout, torch.device("cpu"), Use.training)
+    weights = weighed(batch).targets.weights["image"]
+    assert torch.equal(weights > 0, ~clean.flatten()) and bool(weights.isfinite().all())
 
 
 def test_copies_need_no_limit_and_are_learnt_once() -> None:
