@@ -68,18 +68,24 @@ def read_unet(path: Path, width: int | None, seed: int) -> Plan:
     return draft.plan(title, {DESCRIPTION: description.text()})
 
 
+def _described(folder: Canonical, kind: str, name: str) -> dict[str, Any]:
+    """The configuration that the folder of a `kind` says it holds."""
+    config: dict[str, Any] | None = (folder.description.foreign or {}).get("config")
+    if folder.description.kind != kind or config is None:
+        raise ContentError(
+            f"{folder.source.path}: its kind is {folder.description.kind}, expected {kind} with "
+            f"the {name}'s configuration in {DESCRIPTION}"
+        )
+    return config
+
+
 def write_unet(folder: Canonical) -> Plan:
     """Full tensors of a UNet to a diffusers folder.
 
     Raises:
         ContentError: the folder does not say its configuration, or does not hold what it says.
     """
-    config = (folder.description.foreign or {}).get("config")
-    if folder.description.kind != "unet" or config is None:
-        raise ContentError(
-            f"{folder.source.path}: its kind is {folder.description.kind}, expected unet with the "
-            f"UNet's configuration in {DESCRIPTION}"
-        )
+    config = _described(folder, "unet", "UNet")
     shapes = unet_shapes(config, folder.source.path)
     source = folder.source.renamed(lambda name: name.removeprefix(PREFIX))
     draft = _read(source, shapes, "the UNet of its description", "")
@@ -102,12 +108,7 @@ def write_vae(folder: Canonical) -> Plan:
     Raises:
         ContentError: the folder does not say its configuration, or does not hold what it says.
     """
-    config = (folder.description.foreign or {}).get("config")
-    if folder.description.kind != "vae" or config is None:
-        raise ContentError(
-            f"{folder.source.path}: its kind is {folder.description.kind}, expected vae with the "
-            f"VAE's configuration in {DESCRIPTION}"
-        )
+    config = _described(folder, "vae", "VAE")
     shapes = _shapes(AutoencoderKL, "AutoencoderKL", config, folder.source.path)
     source = folder.source.renamed(lambda name: name.removeprefix(AUTOENCODER))
     critic = [name for name in source.infos if name.startswith(CRITIC)]

@@ -34,6 +34,7 @@ class Pictures:
         begins_N = torch.where(real_N, first_N - 1, 0)
         return cls(begins_N, real_N, torch.where(real_N, fields["noise"][begins_N], 0))
 
-    def an_image_each(self, pairs_P: Tensor) -> Tensor:
-        """One entry a picture `[N]`, where the loader gives one for each of its pairs `[P]`."""
-        return pairs_P.view(len(self.real_N), -1)[:, 0].contiguous()
+
+def an_image_each(pairs_P: Tensor, count: int) -> Tensor:
+    """One entry for each of `count` images, where the loader gives one for each of its pairs."""
+    return pairs_P.view(count, -1)[:, 0].contiguous()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmtrain.data.batch import Batch, Targets
 from mmtrain.data.tokens import SequenceFormat
+from mmtrain.models.pictures import an_image_each
 from mmtrain.models.spec import Use
 from mmtrain.models.transfusion.config import Context, TransfusionConfig
 from mmtrain.models.transfusion.edges import beside_numbers, rows_of
@@ -86,7 +87,7 @@ class Noising:
         return replace(
             batch,
             inputs=Flow(hidden, {name: fields[name] for name in FIELDS}),
-            targets=_an_image_each(batch.targets, self._shares(times_N, clean_N)),
+            targets=_weighed(batch.targets, self._shares(times_N, clean_N)),
             # moments are looked at by the first three channels of their mean
             pixels=pixels[:, :3].clamp(-1, 1),
         )
@@ -125,7 +126,7 @@ class Noising:
         return some_N & (images.order_N < count_N)
 
 
-def _an_image_each(targets: Targets, share_N: Tensor) -> Targets:
+def _weighed(targets: Targets, share_N: Tensor) -> Targets:
     """One weight and origin for each image, where the loader gives one for each of its pairs.
 
     Args:
@@ -133,8 +134,7 @@ def _an_image_each(targets: Targets, share_N: Tensor) -> Targets:
         share_N: what each image's weight is multiplied by.
     """
     weights, origins = (
-        group[IMAGE].view(len(share_N), -1)[:, 0].contiguous()
-        for group in (targets.weights, targets.origins)
+        an_image_each(group[IMAGE], len(share_N)) for group in (targets.weights, targets.origins)
     )
     return Targets(
         {**targets.weights, IMAGE: weights * share_N}, {**targets.origins, IMAGE: origins}

@@ -17,7 +17,7 @@ from mmtrain.data.batch import Batch, Targets
 from mmtrain.data.tokens import SequenceFormat
 from mmtrain.errors import Problem
 from mmtrain.layout.plan import TensorPlan
-from mmtrain.models.pictures import Pictures
+from mmtrain.models.pictures import Pictures, an_image_each
 from mmtrain.models.spec import BatchShape, ModelSpec, Use
 from mmtrain.models.vae.config import VaeConfig
 from mmtrain.models.vae.model import (
@@ -159,7 +159,7 @@ class Judging:
         judged = self.use is Use.training and batch.info.step >= self.from_step
         silent = self._absent | (set() if judged else {ADVERSARIAL, CRITIC})
         counts_N = pictures.real_N.float()
-        origins_N = pictures.an_image_each(batch.targets.origins["image"])
+        origins_N = an_image_each(batch.targets.origins["image"], len(counts_N))
         fields = {SEEDS: pictures.seeds_N, JUDGED: torch.tensor([int(judged)])}
         return replace(
             batch,

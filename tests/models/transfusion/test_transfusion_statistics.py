@@ -12,7 +12,7 @@ from small_transfusion import small
 from mmtrain.data.latent_statistics import MANIFEST, Sums
 from mmtrain.encoders.vae import Vae, mode
 from mmtrain.errors import RecipeError
-from mmtrain.models.pictures import Pictures
+from mmtrain.models.pictures import an_image_each
 from mmtrain.models.transfusion.config import TransfusionConfig
 from mmtrain.models.transfusion.latents import Latents
 from mmtrain.models.transfusion.spec import TRANSFUSION
@@ -57,7 +57,7 @@ def test_latents_have_mean_0_and_deviation_1_and_come_back(plain: TransfusionCon
     # stored moments are those of the VAE itself, and are normalised alike
     stored = Latents(replace(plain, image=replace(image, latents="folder")), CPU)
     assert torch.equal(stored.of(moments, numbers), drawn)
-    assert Pictures(numbers, numbers >= 0, numbers).an_image_each(numbers).tolist() == [*range(64)]
+    assert an_image_each(numbers, 64).tolist() == [*range(64)]
 
 
 def test_the_recipe_takes_what_is_recorded_unless_it_says_so_itself(
